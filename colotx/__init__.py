@@ -1,0 +1,1 @@
+"""colotx: non-stop virtual machines. See docs/architecture.md for the picture."""

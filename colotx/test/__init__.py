@@ -1,0 +1,1 @@
+"""Unit tests: no QEMU, no root, no network beyond loopback."""

@@ -1,0 +1,1 @@
+"""Witnesses: who may go on when the two hosts lost each other."""
