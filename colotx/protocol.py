@@ -256,7 +256,6 @@ class ColoConnection(Protocol):
         self._ended = True
         self._decoder.end()
         lost = self._failed or PeerLost(f"the COLO channel was closed: {reason.getErrorMessage()}")
-        self._failed = self._failed or None
         if self._readWaiter is not None:
             waiter, self._readWaiter = self._readWaiter, None
             waiter.callback(None)
@@ -302,7 +301,7 @@ class ColoConnection(Protocol):
             waiter: Deferred[None] = Deferred()
             self._writeWaiters.append(waiter)
             await self._bounded(waiter, self._stallTimeout, "take what we send")
-            self._checkOpen()
+            self.checkOpen()
 
     # -- receiving
 
@@ -345,10 +344,12 @@ class ColoConnection(Protocol):
         @param timeout: seconds without a single new byte.
         """
         blob = bytearray()
+
+        def more() -> memoryview | None:
+            return self._decoder.nextBytes(size - len(blob))
+
         while len(blob) < size:
-            blob += await self._receive(
-                lambda: self._decoder.nextBytes(size - len(blob)), timeout, "go on with the device state"
-            )
+            blob += await self._receive(more, timeout, "go on with the device state")
         return bytes(blob)
 
     # -- ending
@@ -367,20 +368,21 @@ class ColoConnection(Protocol):
         if self.transport is not None and not self._ended:
             self.transport.abortConnection()  # type: ignore[attr-defined]
 
-    # -- inside
-
-    def _send(self, data: bytes) -> None:
-        self._checkOpen()
-        transport: ITransport | None = self.transport
-        assert transport is not None
-        self.bytesSent += len(data)
-        transport.write(data)
-
-    def _checkOpen(self) -> None:
+    def checkOpen(self) -> None:
+        """@raise ColoError: what ended this connection, if something did."""
         if self._failed is not None:
             raise self._failed
         if self._ended or self.transport is None:
             raise PeerLost("the COLO channel was closed")
+
+    # -- inside
+
+    def _send(self, data: bytes) -> None:
+        self.checkOpen()
+        transport: ITransport | None = self.transport
+        assert transport is not None
+        self.bytesSent += len(data)
+        transport.write(data)
 
     async def _receive(self, ask: Callable[[], _T | None], timeout: float | None, what: str) -> _T:
         if self._readWaiter is not None:

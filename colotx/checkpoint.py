@@ -1,0 +1,449 @@
+"""
+The checkpoint process: what the primary and the secondary do, in the order of the COLO message exchange.
+
+A transaction reads like the protocol text of QEMU-FACTS; every step is a call on an interface of
+L{colotx.interfaces} or a message on a L{ColoConnection}. This file knows the order, the time-outs, and when the
+output may leave. It does not know what a guest is made of, where a channel leads, or who decides about a failover.
+
+Two events that look alike are kept apart (rule 7 of the design): the guest is B{answered} when it may run on, the
+checkpoint is B{committed} when the peer holds it. With a passive secondary the primary B{pipelines}: it takes the
+checkpoint into a spool at the speed of a local copy, answers its guest, and only then sends. The output gate opens
+for the checkpoint's epoch on the peer's RECEIVED, never earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from colotx.errors import ColoError, PeerError, UnexpectedMessage
+from colotx.failover import FailoverService
+from colotx.interfaces import ColoMode
+from colotx.protocol import ColoConnection, ColoMessage, encodeMessage
+from colotx.spool import Spool
+from colotx.statistics import CheckpointRecord, CheckpointStatistics
+from colotx.trigger import CheckpointTrigger
+from colotx.vmstate import CheckpointReader, InitialReader, RamEvent, RamReader
+
+Guest = Any
+"""An implementation of L{colotx.interfaces.IPrimaryGuest} or L{colotx.interfaces.ISecondaryGuest}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """
+    How long each wait of the exchange may take, seconds. The heartbeat finds a dead peer much earlier; these find
+    one that lives and does not do its part.
+
+    @ivar message: a message that is due.
+    @ivar progress: the next byte of a stream or blob that is under way.
+    @ivar received: RECEIVED, after the last byte of a checkpoint was handed to the transport.
+    @ivar loaded: LOADED after RECEIVED.
+    """
+
+    message: float = 10.0
+    progress: float = 15.0
+    received: float = 60.0
+    loaded: float = 60.0
+
+
+class FailoverRequested(ColoError):
+    """A failover was asked for: whoever carries out a checkpoint leaves it where it is."""
+
+
+class _Transcript:
+    """Trace events of one side: messages, phases and run-state changes."""
+
+    log = Logger(namespace="colotx.checkpoint")
+
+    def __init__(self, role: str) -> None:
+        self._role = role
+
+    def sent(self, message: ColoMessage) -> None:
+        self.log.debug("{role}: sent {message.name}", role=self._role, message=message)
+
+    def received(self, message: ColoMessage) -> None:
+        self.log.debug("{role}: received {message.name}", role=self._role, message=message)
+
+    def phase(self, phase: str, **values: object) -> None:
+        self.log.debug("{role}: {phase} {values}", role=self._role, phase=phase, values=values)
+
+
+class _Counted:
+    """A sink that counts what passes."""
+
+    def __init__(self, sink: Any) -> None:
+        self._sink = sink
+        self.bytes = 0
+
+    async def write(self, data: bytes | memoryview) -> None:
+        self.bytes += len(data)
+        await self._sink.write(data)
+
+
+class PrimaryProcess:
+    """
+    The primary's checkpoint process: one protection, from the initial transfer until it ends.
+
+    @ivar trigger: when the next checkpoint is due.
+    @ivar statistics: of all checkpoints of this process.
+    @ivar committed: True once the peer holds a checkpoint; from then on it could go live.
+    @ivar exposed: True once the peer B{may} hold one: everything it needs was handed to the transport.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        guest: Guest,
+        gate: Any,
+        replication: Any,
+        failover: FailoverService,
+        trigger: CheckpointTrigger,
+        statistics: CheckpointStatistics,
+        makeSpool: Callable[[], Spool] | None,
+        timeouts: Timeouts = Timeouts(),
+        onCommitted: Callable[[CheckpointRecord], None] = lambda record: None,
+    ) -> None:
+        """
+        @param guest: an L{colotx.interfaces.IPrimaryGuest}, running.
+        @param gate: an L{colotx.interfaces.IOutputGate}.
+        @param replication: an L{colotx.interfaces.IReplication}.
+        @param makeSpool: makes the spool of a pipelined checkpoint; None: not pipelined, the guest is answered
+            only when the peer has loaded (active secondary).
+        @param onCommitted: called after each checkpoint the peer holds, the initial one (number 0) included.
+        """
+        self._clock = clock
+        self._guest = guest
+        self._gate = gate
+        self._replication = replication
+        self._failover = failover
+        self._makeSpool = makeSpool
+        self._timeouts = timeouts
+        self._onCommitted = onCommitted
+        self._trace = _Transcript("primary")
+        self.trigger = trigger
+        self.statistics = statistics
+        self.committed = False
+        self.exposed = False
+
+    async def run(self, wire: ColoConnection) -> None:
+        """
+        Protect the guest over C{wire} until something ends it. The guest is left running, out of COLO mode,
+        however this ends; the gate is left as it is: whoever decides about the failover opens it.
+
+        @raise ColoError: what ended it; L{FailoverRequested} when a failover did. It never returns normally.
+        """
+        try:
+            await self._initial(wire)
+            self.trigger.arm()
+            number = 0
+            while True:
+                reason = await self._due(wire)
+                number += 1
+                await self._transaction(wire, CheckpointRecord(number, reason))
+        except ColoError:
+            self.statistics.failed += 1
+            raise
+        finally:
+            self.trigger.disarm()
+            await self._guest.endProtection()
+
+    async def _due(self, wire: ColoConnection) -> str:
+        """Wait for a trigger, or for the end of the channel."""
+        due = ensureDeferred(self.trigger.wait())
+        lost: list[ColoError] = []
+
+        def wake(error: ColoError) -> None:
+            lost.append(error)
+            due.cancel()
+
+        wire.whenLost = wake
+        try:
+            self._check(wire)
+            return await due
+        except BaseException:
+            if lost:
+                raise lost[0] from None
+            raise
+        finally:
+            wire.whenLost = None
+
+    async def _initial(self, wire: ColoConnection) -> None:
+        guest, gate = self._guest, self._gate
+        record = CheckpointRecord(0, "initial transfer")
+        sink = _Counted(wire)
+        began = self._clock.seconds()
+        await guest.transferInitial(sink)
+        self._check(wire)
+        stopped = self._clock.seconds()
+        # The peer can hold the checkpoint from here on, so nothing more may leave uncovered.
+        self.exposed = True
+        guest.port.drain()
+        gate.shut()
+        epoch = gate.closeEpoch()
+        record.live = (stopped - began) * 1000
+        record.ramBytes = sink.bytes
+        self._trace.phase("initial stream is out", bytes=sink.bytes)
+        if self._makeSpool is not None:
+            await self._answer(record, stopped)
+        await self._expect(wire, ColoMessage.CHECKPOINT_READY, self._timeouts.received)
+        record.commit = self._since(stopped)
+        await self._replication.startAll(ColoMode.PRIMARY)
+        if self._makeSpool is None:
+            await self._answer(record, stopped)
+        self._commit(record, epoch)
+
+    async def _transaction(self, wire: ColoConnection, record: CheckpointRecord) -> None:
+        """One checkpoint: REQUEST to LOADED."""
+        guest, timeouts = self._guest, self._timeouts
+        began = self._clock.seconds()
+        self._send(wire, ColoMessage.CHECKPOINT_REQUEST)
+        await self._expect(wire, ColoMessage.CHECKPOINT_REPLY, timeouts.message)
+        record.request = self._since(began)
+
+        stopping = self._clock.seconds()
+        await guest.stop()
+        stopped = self._clock.seconds()
+        record.stop = (stopped - stopping) * 1000
+        self._check(wire)
+        await self._replication.doCheckpointAll()
+        self._check(wire)
+        guest.port.drain()
+        epoch = self._gate.closeEpoch()
+        # Everything asked for up to this stop is covered. A trigger that comes later asks for the next one: with
+        # a pipelined commit the guest runs, and speaks, before RECEIVED.
+        self.trigger.reset()
+
+        if self._makeSpool is None:
+            await self._transfer(wire, record)
+        else:
+            spool = self._makeSpool()
+            pump = await self._capture(wire, spool, record, stopping)
+            self.exposed = True
+            await pump
+        await self._expect(wire, ColoMessage.VMSTATE_RECEIVED, timeouts.received)
+        record.commit = self._since(stopped)
+        self._commit(record, epoch)
+        received = self._clock.seconds()
+        await self._expect(wire, ColoMessage.VMSTATE_LOADED, timeouts.loaded)
+        record.load = self._since(received)
+        if self._makeSpool is None:
+            await self._answer(record, stopping)
+
+    async def _capture(
+        self, wire: ColoConnection, spool: Spool, record: CheckpointRecord, stopping: float
+    ) -> Deferred[None]:
+        """
+        Take the checkpoint into the spool and answer the guest.
+
+        @return: the pump that sends it. It starts when the checkpoint is whole, so that encryption does not
+            compete with the copy while the guest stands still; or as soon as the spool is full.
+        """
+        pumps: list[Deferred[None]] = []
+
+        def pump() -> None:
+            if not pumps:
+                pumps.append(ensureDeferred(spool.pump(wire.write)))
+
+        spool.onFull = pump
+        try:
+            await self._transfer(spool, record)
+            spool.finish()
+            await self._answer(record, stopping)
+            self._check(wire)
+        except BaseException as error:
+            spool.abort(error if isinstance(error, ColoError) else ColoError(repr(error)))
+            for running in pumps:
+                running.addErrback(lambda failure: None)
+            raise
+        pump()
+        return pumps[0]
+
+    async def _transfer(self, sink: Any, record: CheckpointRecord) -> None:
+        """SEND, the RAM section, SIZE and the device state, into C{sink}."""
+        guest = self._guest
+        began = self._clock.seconds()
+        await sink.write(encodeMessage(ColoMessage.VMSTATE_SEND))
+        self._trace.sent(ColoMessage.VMSTATE_SEND)
+        counted = _Counted(sink)
+        await guest.transferLive(counted)
+        record.ramBytes = counted.bytes
+        record.live = self._since(began)
+        self._checkFailover()
+        began = self._clock.seconds()
+        blob = await guest.saveDeviceState()
+        record.deviceBytes = len(blob)
+        record.device = self._since(began)
+        self._checkFailover()
+        await sink.write(encodeMessage(ColoMessage.VMSTATE_SIZE, len(blob)))
+        self._trace.sent(ColoMessage.VMSTATE_SIZE)
+        await sink.write(blob)
+
+    async def _answer(self, record: CheckpointRecord, stopping: float) -> None:
+        await self._guest.start()
+        record.downtime = self._since(stopping)
+        self._trace.phase("guest answered", downtime=record.downtime)
+
+    def _commit(self, record: CheckpointRecord, epoch: int) -> None:
+        self.committed = True
+        self._gate.release(epoch)
+        self.statistics.add(record)
+        self._trace.phase("committed", number=record.number, epoch=epoch, commit=record.commit)
+        self._onCommitted(record)
+
+    def _since(self, start: float) -> float:
+        return (self._clock.seconds() - start) * 1000
+
+    def _send(self, wire: ColoConnection, message: ColoMessage) -> None:
+        self._check(wire)
+        wire.sendMessage(message)
+        self._trace.sent(message)
+
+    async def _expect(self, wire: ColoConnection, message: ColoMessage, timeout: float) -> None:
+        self._check(wire)
+        await wire.receiveMessage(message, timeout)
+        self._trace.received(message)
+        self._check(wire)
+
+    def _check(self, wire: ColoConnection) -> None:
+        """The look after every step: has the channel ended, was a failover asked for?"""
+        self._checkFailover()
+        wire.checkOpen()
+
+    def _checkFailover(self) -> None:
+        if self._failover.state.requested:
+            raise FailoverRequested("a failover was requested")
+
+
+class _Whole:
+    """Lets L{InitialReader}, which owns all bytes up to its end, be read like a self-delimiting stream."""
+
+    def __init__(self, reader: InitialReader) -> None:
+        self._reader = reader
+
+    @property
+    def complete(self) -> bool:
+        return self._reader.complete is not None
+
+    def feed(self, data: bytes | memoryview) -> tuple[Sequence[RamEvent], int]:
+        return self._reader.feed(data), len(data)
+
+
+class SecondaryProcess:
+    """
+    The secondary's checkpoint process: one protection, from the initial stream until it ends.
+
+    @ivar loading: a committed checkpoint is being settled: a failover must wait for it.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        guest: Guest,
+        replication: Any,
+        failover: FailoverService,
+        timeouts: Timeouts = Timeouts(),
+        onCommitted: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        """
+        @param guest: an L{colotx.interfaces.ISecondaryGuest}.
+        @param onCommitted: called with the count of checkpoints held after each commit.
+        """
+        self._clock = clock
+        self._guest = guest
+        self._replication = replication
+        self._failover = failover
+        self._timeouts = timeouts
+        self._onCommitted = onCommitted
+        self._trace = _Transcript("secondary")
+        self.loading = False
+
+    async def run(self, wire: ColoConnection) -> None:
+        """
+        Hold checkpoints for the primary at the other end until something ends it. What was staged and not
+        committed is forgotten; the last committed checkpoint stays.
+
+        @raise ColoError: what ended it. It never returns normally.
+        """
+        try:
+            ram = RamReader()
+            await self._initial(wire, ram)
+            while True:
+                await self._transaction(wire, ram)
+        except ColoError as error:
+            wire.abort(
+                error if isinstance(error, PeerError) else PeerError(f"the secondary gave up: {error}")
+            )
+            raise
+        finally:
+            self.loading = False
+            self._guest.abandon()
+
+    async def _initial(self, wire: ColoConnection, ram: RamReader) -> None:
+        reader = InitialReader(ram)
+        await wire.receiveStream(_Whole(reader), self._guest.stageInitial, self._timeouts.progress)
+        self._checkFailover()
+        initial = reader.complete
+        assert initial is not None
+        self._guest.describe(initial.machine, initial.configuration)
+        await self._guest.commit(initial.deviceState)
+        await self._replication.startAll(ColoMode.SECONDARY)
+        self._onCommitted(self._guest.checkpoint)
+        self._send(wire, ColoMessage.CHECKPOINT_READY)
+        await self._settle()
+
+    async def _transaction(self, wire: ColoConnection, ram: RamReader) -> None:
+        message = await wire.receiveAny(None)
+        if message is not ColoMessage.CHECKPOINT_REQUEST:
+            raise UnexpectedMessage(
+                f"Got unknown COLO message: {int(message)} ({message.name}) between checkpoints"
+            )
+        self._trace.received(message)
+        self._checkFailover()
+        await self._guest.prepare()
+        self._checkFailover()
+        self._send(wire, ColoMessage.CHECKPOINT_REPLY)
+        await self._expect(wire, ColoMessage.VMSTATE_SEND, self._timeouts.message)
+        await wire.receiveStream(CheckpointReader(ram), self._guest.stageLive, self._timeouts.progress)
+        self._checkFailover()
+        size = await wire.receiveSize(self._timeouts.message)
+        self._trace.received(ColoMessage.VMSTATE_SIZE)
+        blob = await wire.receiveBlob(size, self._timeouts.progress)
+        self._checkFailover()
+        await self._guest.commit(blob)
+        self._onCommitted(self._guest.checkpoint)
+        self._send(wire, ColoMessage.VMSTATE_RECEIVED)
+        await self._settle()
+        self._replication.getErrorAll()
+        await self._replication.doCheckpointAll()
+        self._send(wire, ColoMessage.VMSTATE_LOADED)
+
+    async def _settle(self) -> None:
+        """@raise FailoverRequested: one waited for the load; LOADED must not be sent."""
+        self.loading = True
+        try:
+            await self._guest.settle()
+        finally:
+            self.loading = False
+            relaunched = self._failover.loaded()
+        if relaunched:
+            raise FailoverRequested("a failover was requested while a checkpoint was loaded")
+        self._checkFailover()
+
+    def _send(self, wire: ColoConnection, message: ColoMessage) -> None:
+        wire.sendMessage(message)
+        self._trace.sent(message)
+
+    async def _expect(self, wire: ColoConnection, message: ColoMessage, timeout: float) -> None:
+        await wire.receiveMessage(message, timeout)
+        self._trace.received(message)
+        self._checkFailover()
+
+    def _checkFailover(self) -> None:
+        if self._failover.state.requested:
+            raise FailoverRequested("a failover was requested")
