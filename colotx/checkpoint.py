@@ -241,28 +241,26 @@ class PrimaryProcess:
         """
         Take the checkpoint into the spool and answer the guest.
 
-        @return: the pump that sends it. It starts when the checkpoint is whole, so that encryption does not
-            compete with the copy while the guest stands still; or as soon as the spool is full.
+        @return: the pump that sends it. It starts when the guest was answered, so that encryption does not compete
+            with the copy while the guest stands still; or as soon as the spool is full.
         """
-        pumps: list[Deferred[None]] = []
-
-        def pump() -> None:
-            if not pumps:
-                pumps.append(ensureDeferred(spool.pump(wire.write)))
-
-        spool.onFull = pump
+        pump = ensureDeferred(self._pump(wire, spool))
         try:
             await self._transfer(spool, record)
-            spool.finish()
             await self._answer(record, stopping)
+            spool.finish()
             self._check(wire)
         except BaseException as error:
-            spool.abort(error if isinstance(error, ColoError) else ColoError(repr(error)))
-            for running in pumps:
-                running.addErrback(lambda failure: None)
+            spool.abort(
+                error if isinstance(error, ColoError) else ColoError(f"the checkpoint failed: {error!r}")
+            )
+            pump.addErrback(lambda failure: None)  # its error is the one that is raised here
             raise
-        pump()
-        return pumps[0]
+        return pump
+
+    async def _pump(self, wire: ColoConnection, spool: Spool) -> None:
+        await spool.whenReady()
+        await spool.pump(wire.write)
 
     async def _transfer(self, sink: Any, record: CheckpointRecord) -> None:
         """SEND, the RAM section, SIZE and the device state, into C{sink}."""

@@ -1,0 +1,237 @@
+"""
+What an operator can set, as checked values. Where they come from (command line, TOML) is L{colotx.options}'s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from ipaddress import ip_address
+from typing import Any
+
+from colotx.errors import ConfigError
+
+DEFAULT_PORT = 7800
+"""TCP port of the link between the two daemons."""
+
+ROLES = ("primary", "secondary")
+GUESTS = ("memory", "qemu")
+KINDS = ("passive",)
+ON_LOST_PEER = ("hold", "failover")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+_SIZE = re.compile(r"(\d+)([KMG]?)")
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """
+    A TCP address.
+
+    @ivar host: a DNS name or an IP address, without brackets.
+    """
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> HostPort:
+        """C{HOST}, C{HOST:PORT}, C{[IPv6]:PORT}. @raise ConfigError: anything else."""
+        match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::(\d{1,5}))?", text.strip())
+        if match is None:
+            raise ConfigError(f"{text!r} is no HOST, HOST:PORT or [IPv6]:PORT")
+        port = int(match[3] or DEFAULT_PORT)
+        if not 0 < port < 65536:
+            raise ConfigError(f"{text!r}: the port must be 1 to 65535")
+        return cls(match[1] or match[2], port)
+
+    @property
+    def isLoopback(self) -> bool:
+        """Whether it can only be reached on this machine."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """
+    The settings of one daemon.
+
+    @ivar role: C{primary} runs the guest, C{secondary} stands by for it.
+    @ivar vm: name of the protected VM; both daemons must use the same.
+    @ivar stateDir: directory of what must survive a restart (epoch) and of the local CA.
+    @ivar control: path of the control socket; empty: the default place for this VM.
+    @ivar listen: where a secondary waits for the primary.
+    @ivar peer: where the other daemon listens; a primary dials it.
+    @ivar peerName: DNS name or IP address in the peer's certificate; empty: the host part of C{peer}; a secondary
+        without either accepts any certificate of the CA.
+    @ivar ca: path of the CA's certificate (PEM); empty: the local CA, on loopback only.
+    @ivar certificate: path of this daemon's certificate (PEM).
+    @ivar key: path of its private key (PEM).
+    @ivar guest: kind of guest.
+    @ivar secondary: kind of secondary.
+    @ivar checkpointDelay: x-checkpoint-delay (ms).
+    @ivar heartbeatInterval: time between two heartbeats (ms).
+    @ivar heartbeatLimit: silence after which the peer is lost (ms).
+    @ivar onLostPeer: C{hold}: wait for the operator; C{failover}: go on alone.
+    @ivar outside: where the guest's frames go: C{tap:NAME[,bridge=BR]}, C{unix:PATH} or C{none}.
+    @ivar mac: the guest's MAC address.
+    @ivar spoolMemory: bytes of memory for checkpoints on their way to the peer; what is beyond goes to disk.
+    @ivar stagingMemory: bytes of memory for a checkpoint being received; what is beyond goes to disk.
+    @ivar spillDir: directory for what is beyond.
+    @ivar qemuBinary: the QEMU to start.
+    @ivar qemuArguments: its arguments, but for QMP, NIC and COLO set-up, which colotx adds.
+    @ivar nicModel: QEMU device of the guest's NIC.
+    @ivar memorySize: RAM of the embedded guest, bytes.
+    @ivar memoryAddress: IPv4 address and prefix length of the embedded guest.
+    @ivar memoryDirty: pages the embedded guest rewrites in each tick of its workload.
+    """
+
+    role: str = ""
+    vm: str = "guest0"
+    stateDir: str = ""
+    control: str = ""
+    listen: HostPort = HostPort("127.0.0.1", DEFAULT_PORT)
+    peer: HostPort | None = None
+    peerName: str = ""
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+    guest: str = "memory"
+    secondary: str = "passive"
+    checkpointDelay: int = 20000
+    heartbeatInterval: int = 100
+    heartbeatLimit: int = 300
+    onLostPeer: str = "hold"
+    outside: str = "none"
+    mac: str = "52:54:00:c0:10:01"
+    spoolMemory: int = 64 * 1024 * 1024
+    stagingMemory: int = 256 * 1024 * 1024
+    spillDir: str = "/var/tmp"
+    qemuBinary: str = "qemu-system-x86_64"
+    qemuArguments: tuple[str, ...] = ()
+    nicModel: str = "virtio-net-pci"
+    memorySize: int = 16 * 1024 * 1024
+    memoryAddress: str = "10.0.0.10/24"
+    memoryDirty: int = 16
+
+    @property
+    def peerAddress(self) -> HostPort:
+        """Where the other daemon listens; by default on this machine."""
+        return self.peer or HostPort("127.0.0.1", DEFAULT_PORT)
+
+    @property
+    def link(self) -> HostPort:
+        """The address the link's certificates must fit: where we listen or what we dial."""
+        return self.peerAddress if self.role == "primary" else self.listen
+
+
+def defaultStateDir(vm: str) -> str:
+    """/var/lib/colotx/VM for root, else below XDG_STATE_HOME."""
+    if os.geteuid() == 0:
+        return f"/var/lib/colotx/{vm}"
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return f"{home}/colotx/{vm}"
+
+
+def keyOf(field: str) -> str:
+    """The option and TOML key of a setting: C{checkpointDelay} is C{checkpoint-delay}."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", field).lower()
+
+
+def parseSize(text: str | int) -> int:
+    """Bytes, or with K, M, G. @raise ConfigError: anything else."""
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is no size: write bytes, or a number with K, M or G")
+    return int(match[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[match[2]]
+
+
+def _parse(field: str, value: Any) -> Any:
+    default = Settings.__dataclass_fields__[field].default
+    if field in ("listen", "peer"):
+        return HostPort.parse(str(value))
+    if field in ("memorySize", "spoolMemory", "stagingMemory"):
+        return parseSize(value)
+    if field == "qemuArguments":
+        if isinstance(value, str):
+            return tuple(shlex.split(value))
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise ConfigError("must be one string, or a list of strings")
+        return tuple(value)
+    if isinstance(default, int):
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{value!r} is no whole number") from None
+    if not isinstance(value, str):
+        raise ConfigError(f"{value!r} must be a string")
+    return value
+
+
+def buildSettings(values: Mapping[str, Any]) -> Settings:
+    """
+    Check values by key, fill in the defaults.
+
+    @param values: option keys (C{checkpoint-delay}) to values as written by the operator.
+    @raise ConfigError: naming the key, what is wrong and what is right.
+    """
+    known = {keyOf(f.name): f.name for f in fields(Settings)}
+    parsed: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"there is no option {key!r}; there are: {', '.join(sorted(known))}")
+        try:
+            parsed[known[key]] = _parse(known[key], value)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    settings = Settings(**parsed)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    def need(good: bool, field: str, problem: str) -> None:
+        if not good:
+            raise ConfigError(f"{keyOf(field)}: {problem}")
+
+    def choice(field: str, choices: tuple[str, ...]) -> None:
+        value = getattr(settings, field)
+        need(value in choices, field, f"{value!r} is none of {', '.join(choices)}")
+
+    choice("role", ROLES)
+    choice("guest", GUESTS)
+    choice("secondary", KINDS)
+    choice("onLostPeer", ON_LOST_PEER)
+    need(_NAME.fullmatch(settings.vm) is not None, "vm", "use letters, digits, '-', '_' and '.', at most 64")
+    need(_MAC.fullmatch(settings.mac) is not None, "mac", f"{settings.mac!r} is no MAC address")
+    need(int(settings.mac[:2], 16) & 1 == 0, "mac", f"{settings.mac!r} is a multicast address")
+    need(0 < settings.checkpointDelay < 1 << 32, "checkpointDelay", "must be 1 to 4294967295 ms")
+    need(10 <= settings.heartbeatInterval <= 60000, "heartbeatInterval", "must be 10 to 60000 ms")
+    need(
+        settings.heartbeatLimit >= 2 * settings.heartbeatInterval,
+        "heartbeatLimit",
+        "must be at least twice heartbeat-interval, or one late heartbeat would be a death",
+    )
+    need(settings.memorySize >= 1 << 20, "memorySize", "must be at least 1M")
+    need(settings.memorySize % 4096 == 0, "memorySize", "must be a multiple of 4096 bytes")
+    need(settings.memoryDirty >= 0, "memoryDirty", "must not be negative")
+    given = [bool(settings.ca), bool(settings.certificate), bool(settings.key)]
+    need(all(given) or not any(given), "ca", "ca, certificate and key belong together: give all three")
+    need(
+        all(given) or settings.link.isLoopback,
+        "certificate",
+        f"the link at {settings.link} leaves this machine and needs ca, certificate and key; "
+        "`colo certs init` makes a CA and `colo certs issue` the certificate of each host",
+    )
