@@ -9,7 +9,9 @@ people at a terminal send objects over several lines. So objects are found by th
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 JsonObject = dict[str, object]
@@ -71,12 +73,11 @@ class QmpCodec:
             if not self._depth:
                 start = self._scanned = _skipWhitespace(self._buffer, start)
             try:
-                end = self._scan()
+                end = self._scan(min(len(self._buffer), start + self.limit))
                 if end is None:
-                    if len(self._buffer) - start > self.limit:
-                        raise ValueError(f"longer than {self.limit} bytes")
-                    break
-                if end - start > self.limit:
+                    if len(self._buffer) - start < self.limit:
+                        break
+                    self._scanned = start + self.limit
                     raise ValueError(f"longer than {self.limit} bytes")
                 found.append(_parse(self._buffer[start:end]))
                 start = end
@@ -88,30 +89,31 @@ class QmpCodec:
         self._scanned -= start
         return found
 
-    def _scan(self) -> int | None:
+    def _scan(self, stop: int) -> int | None:
         """
         Go on looking for the end of the object that has begun.
 
-        @return: the position behind it, or C{None} when more bytes are needed.
+        @param stop: where the bytes to look at end.
+        @return: the position behind the object, or C{None} when it goes on beyond C{stop}.
         @raise ValueError: this cannot become an object.
         """
         buffer = self._buffer
-        if not self._depth and self._scanned < len(buffer) and buffer[self._scanned] != ord("{"):
+        if not self._depth and self._scanned < stop and buffer[self._scanned] != ord("{"):
             raise ValueError(f"it starts with byte 0x{buffer[self._scanned]:02x}, not with a brace")
         while True:
             if self._inString:
-                match = _STRING.match(buffer, self._scanned)
+                match = _STRING.match(buffer, self._scanned, stop)
                 assert match is not None  # it matches the empty string
                 self._scanned = match.end()
-                if self._scanned == len(buffer) or buffer[self._scanned] == ord("\\"):
+                if self._scanned == stop or buffer[self._scanned] == ord("\\"):
                     return None
                 if buffer[self._scanned] == ord("\n"):
                     raise ValueError("newline in a string")
                 self._inString = False
                 self._scanned += 1
-            match = _STRUCTURE.search(buffer, self._scanned)
+            match = _STRUCTURE.search(buffer, self._scanned, stop)
             if match is None:
-                self._scanned = len(buffer)
+                self._scanned = stop
                 return None
             self._scanned = match.end()
             token = match.group()
@@ -127,7 +129,7 @@ class QmpCodec:
                     return self._scanned
 
 
-def encodeQmp(message: JsonObject) -> bytes:
+def encodeQmp(message: Mapping[str, object]) -> bytes:
     """
     One message as one line, the form every QMP reader understands.
 
@@ -147,9 +149,16 @@ def _refuseConstant(name: str) -> object:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _parseFloat(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large a number")
+    return value
+
+
 def _parse(text: bytearray) -> JsonObject:
     """@raise ValueError: not JSON after all, in its encoding or in its grammar."""
-    value = json.loads(text, parse_constant=_refuseConstant)
+    value = json.loads(text, parse_float=_parseFloat, parse_constant=_refuseConstant)
     assert isinstance(value, dict)  # it begins with a brace
     return value
 

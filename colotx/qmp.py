@@ -1,5 +1,5 @@
 """
-QMP, the client: how colotx talks to a QEMU.
+QMP, both ways. This file is the client: how colotx talks to a QEMU. The server is L{colotx._qmp_server}.
 
 The text itself is in L{colotx._qmp_codec}; this module knows the conversation (greeting, capabilities,
 commands with ids, events) as in QEMU's C{docs/interop/qmp-spec}, and no single command's meaning.
@@ -14,13 +14,14 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.endpoints import UNIXClientEndpoint
 from twisted.internet.error import ConnectError
-from twisted.internet.interfaces import IReactorTime, ITransport
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from colotx._qmp_codec import JsonObject, Malformed, QmpCodec, encodeQmp
+from colotx._qmp_server import Command, QmpServerFactory
 from colotx.errors import GuestError, GuestLost, GuestTimeout, QmpError
 
 RETRY_INTERVAL = 0.02
@@ -41,7 +42,7 @@ class QmpClient(Protocol):
     """
 
     _log = Logger()
-    transport: ITransport | None
+    transport: Any = None  # of a unix socket: ITransport and abortConnection
     onEvent: EventReceiver | None = None
     onLost: Callable[[GuestLost], None] | None = None
 
@@ -116,7 +117,6 @@ class QmpClient(Protocol):
         self._pending[number] = (command, answer)
         if timeout is not None:
             answer.addTimeout(timeout, self._clock, _timedOut(command))
-        assert self.transport is not None
         self.transport.write(line)
         return answer
 
@@ -174,7 +174,7 @@ class QmpClient(Protocol):
             return
         self._lost = error
         if self.transport is not None:
-            self.transport.abortConnection()  # type: ignore[attr-defined]
+            self.transport.abortConnection()
         pending, self._pending = self._pending, {}
         for command, answer in pending.values():
             answer.errback(GuestLost(f"{error} (while waiting for the answer to {command})"))
@@ -241,4 +241,14 @@ async def _connect(reactor: Any, path: str, timeout: float, lastError: list[str]
         await deferLater(reactor, RETRY_INTERVAL)
 
 
-__all__ = ["EventReceiver", "QmpClient", "connectQmp"]
+__all__ = [
+    "Command",
+    "EventReceiver",
+    "JsonObject",
+    "Malformed",
+    "QmpClient",
+    "QmpCodec",
+    "QmpServerFactory",
+    "connectQmp",
+    "encodeQmp",
+]
