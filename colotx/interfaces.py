@@ -173,6 +173,14 @@ class ISecondaryGuest(Interface):
     def stageLive(raw, events):  # type: ignore[no-untyped-def]
         """The same for the RAM part of a checkpoint."""
 
+    def describe(machine, configuration):  # type: ignore[no-untyped-def]
+        """
+        The initial stream is whole: what it said of the machine, told before the C{commit} that makes it current.
+
+        @type machine: L{str}
+        @param configuration: the raw configuration section, see L{CheckpointImage}.
+        """
+
     def prepare():  # type: ignore[no-untyped-def]
         """REQUEST arrived: be ready to stage (an active secondary stops its VM). @return: a Deferred."""
 
@@ -240,7 +248,9 @@ class IFramePort(Interface):
     without length prefix and without FCS.
     """
 
-    receiver = Attribute("None or a callable taking a list of frames: called in order of arrival, never empty.")
+    receiver = Attribute(
+        "None or a callable taking a list of frames: called in order of arrival, never empty."
+    )
 
     def send(frames):  # type: ignore[no-untyped-def]
         """
@@ -250,7 +260,9 @@ class IFramePort(Interface):
         @return: None. What the other end cannot take now waits in a bounded queue; C{congested} tells.
         """
 
-    congested = Attribute("bool: the sending queue is above its high-water mark; a caller that can wait should.")
+    congested = Attribute(
+        "bool: the sending queue is above its high-water mark; a caller that can wait should."
+    )
 
     def pause():  # type: ignore[no-untyped-def]
         """Receive no more until C{resume}; the sender on the other side is held back, nothing is dropped here."""
