@@ -43,7 +43,6 @@ from colotx.errors import StreamError, UnsupportedStream
 RECORD_BYTES: Final = 8 + 1 + 255 + PAGE_SIZE + 3
 """No element of a RAM section is larger: header, name with its length, page, and the head of an XBZRLE delta."""
 
-FLAGS: Final = PAGE_SIZE - 1
 REFUSED: Final = {
     0x01: "FULL, a flag QEMU gave up long ago",
     0x80: "HOOK, that is RDMA",
@@ -63,6 +62,9 @@ _be64: Final = Struct(">Q")
 _be32: Final = Struct(">I")
 _be16: Final = Struct(">H")
 _u64: Final = np.dtype(">u8")
+_ADDRESS: Final = np.uint64(ADDRESS_MASK)
+_FLAGS: Final = np.uint64(PAGE_SIZE - 1)
+_PAGE: Final = np.uint64(PAGE)
 
 
 class RamReader:
@@ -180,20 +182,19 @@ class RamReader:
 
     def _records(self, view: memoryview, pos: int, events: list[RamEvent]) -> int:
         """
-        Page records, until the bytes or the section end. C{pages} and C{zeros} note where records of the current
-        block begin; each such record overwrites a whole page, so only the last one of an address matters.
+        Page records, until the bytes or the section end. C{places} notes where records of the current block begin;
+        each of these overwrites a whole page.
         """
         end = len(view)
-        pages: list[int] = []
-        zeros: list[int] = []
+        places: list[int] = []
         while end - pos > 8:
             flags = (view[pos + 6] & 0x0F) << 8 | view[pos + 7]
             if flags == PAGE_AGAIN:
-                stride, places = PAGE_STRIDE, pages
+                stride = PAGE_STRIDE
             elif flags == ZERO_AGAIN and not view[pos + 8]:
-                stride, places = ZERO_STRIDE, zeros
+                stride = ZERO_STRIDE
             else:
-                self._overwritten(view, pages, zeros, events)
+                self._noted(view, places, events)
                 before, pos = pos, self._single(view, pos, flags, events)
                 if pos == before or self._step != self._records:
                     return pos
@@ -204,47 +205,50 @@ class RamReader:
             if ahead < end and view[ahead] == flags:
                 count = _runLength(view, pos, stride, flags)
                 if count >= RUN:
-                    self._overwritten(view, pages, zeros, events)
-                    run = np.arange(pos, pos + count * stride, stride)
-                    self._emit(view, run, places is pages, events)
+                    self._noted(view, places, events)
+                    self._emit(view, np.arange(pos, pos + count * stride, stride), flags, events)
                     pos += count * stride
                     continue
             places.append(pos)
             pos += stride
-        self._overwritten(view, pages, zeros, events)
+        self._noted(view, places, events)
         return pos
 
-    def _overwritten(
-        self, view: memoryview, pages: list[int], zeros: list[int], events: list[RamEvent]
-    ) -> None:
-        """Emit the noted records, one event a kind, and forget them."""
-        pagePlaces, zeroPlaces = np.array(pages, np.intp), np.array(zeros, np.intp)
-        if pages and zeros:
-            pagePlaces, zeroPlaces = _withoutOverlap(view, pagePlaces, zeroPlaces)
-        self._emit(view, pagePlaces, True, events)
-        self._emit(view, zeroPlaces, False, events)
-        pages.clear()
-        zeros.clear()
+    def _noted(self, view: memoryview, places: list[int], events: list[RamEvent]) -> None:
+        """Emit the noted records and forget them."""
+        if len(places) > 1:
+            self._emit(view, np.array(places, np.intp), None, events)
+        elif places:
+            self._single(view, places[0], view[places[0] + 7], events)
+        places.clear()
 
     def _emit(
-        self, view: memoryview, places: NDArray[np.intp], isPages: bool, events: list[RamEvent]
+        self, view: memoryview, places: NDArray[np.intp], flags: int | None, events: list[RamEvent]
     ) -> None:
         """
-        Records of one kind in the current block, all with CONTINUE, as one event.
+        Whole-page records of the current block, as one event a kind. Of several for one page the last one counts.
 
-        @param places: where the records begin, ascending.
+        @param places: where the records begin, ascending; at least two.
+        @param flags: of all of them, None if they differ.
         """
-        if not len(places):
-            return
-        addresses = _addresses(view, places)
+        headers = _at(view, places)
+        addresses = headers & _ADDRESS
         if not (addresses[1:] > addresses[:-1]).all():
-            last = _lastOfEach(addresses)
-            places, addresses = places[last], addresses[last]
-        block = self._blockOf(int(addresses.max()))
-        if isPages:
-            events.append(Pages(block.name, addresses, _rows(view, places + 8, PAGE_SIZE)))
-        else:
+            _, first = np.unique(addresses[::-1], return_index=True)
+            last = len(addresses) - 1 - first
+            places, headers, addresses = places[last], headers[last], addresses[last]
+        block = self._blockOf(int(addresses[-1]))
+        if flags is None:
+            arePages = (headers & _PAGE).astype(np.bool_)
+            zeros = addresses[~arePages]
+            if len(zeros):
+                events.append(Zeros(block.name, zeros, 0))
+            places, addresses = places[arePages], addresses[arePages]
+        elif flags == ZERO_AGAIN:
             events.append(Zeros(block.name, addresses, 0))
+            return
+        if len(places):
+            events.append(Pages(block.name, addresses, _payloads(view, places + 8)))
 
     def _blockOf(self, highest: int) -> RamBlock:
         """The current block, which must reach beyond the page at C{highest}."""
@@ -302,7 +306,7 @@ class RamReader:
         if kind == ZERO:
             events.append(Zeros(name_, where, view[at]))
         elif kind == PAGE:
-            events.append(Pages(name_, where, _rows(view, np.array([at]), PAGE_SIZE)))
+            events.append(Pages(name_, where, np.ndarray((1, PAGE_SIZE), np.uint8, view, at)))
         else:
             events.append(Xbzrle(name_, address, bytes(view[at : at + size])))
         return at + size
@@ -323,58 +327,37 @@ class RamReader:
         return pos + 8
 
 
-def _rows(view: memoryview, places: NDArray[np.intp], width: int) -> NDArray[np.uint8]:
-    """
-    C{width} bytes from each place: a view where the places are evenly spaced, else gathered.
+def _at(view: memoryview, places: NDArray[np.intp]) -> NDArray[np.uint64]:
+    """The be64 at each place."""
+    anywhere: NDArray[np.uint64] = np.ndarray((len(view) - 7,), _u64, view, 0, (1,))
+    return anywhere[places].astype(np.uint64)
 
-    @return: an array of shape (places, width).
-    """
-    first = int(places[0])
-    step = int(places[1]) - first if len(places) > 1 else width
-    if (places[1:] - places[:-1] == step).all():
-        return np.ndarray((len(places), width), np.uint8, view, first, (step, 1))
-    anywhere: NDArray[np.uint8] = np.ndarray((len(view) - width + 1, width), np.uint8, view, 0, (1, 1))
+
+def _payloads(view: memoryview, places: NDArray[np.intp]) -> NDArray[np.uint8]:
+    """The page at each place: a view if they are evenly spaced, else gathered."""
+    count, first, last = len(places), int(places[0]), int(places[-1])
+    step = (last - first) // (count - 1) if count > 1 else PAGE_SIZE
+    if first + step * (count - 1) == last and (places[1:] - places[:-1] == step).all():
+        return np.ndarray((count, PAGE_SIZE), np.uint8, view, first, (step, 1))
+    anywhere: NDArray[np.uint8] = np.ndarray(
+        (len(view) - PAGE_SIZE + 1, PAGE_SIZE), np.uint8, view, 0, (1, 1)
+    )
     return anywhere[places]
-
-
-def _addresses(view: memoryview, places: NDArray[np.intp]) -> NDArray[np.uint64]:
-    headers = _rows(view, places, 8).view(_u64)[:, 0].astype(np.uint64)
-    headers &= np.uint64(ADDRESS_MASK)
-    return headers
 
 
 def _runLength(view: memoryview, pos: int, stride: int, flags: int) -> int:
     """How many whole records at C{pos} have these flags (and, of ZERO records, the fill 0)."""
-    count, window, room = 0, RUN, (len(view) - pos) // stride
+    count, window, room = 0, 4 * RUN, (len(view) - pos) // stride
     while count < room:
         size = min(window, room - count)
         at = pos + count * stride
         headers: NDArray[np.uint64] = np.ndarray((size,), _u64, view, at, (stride,))
-        other = headers & np.uint64(FLAGS) != flags
+        other = headers & _FLAGS != flags
         if stride == ZERO_STRIDE:
             fills: NDArray[np.uint8] = np.ndarray((size,), np.uint8, view, at + 8, (stride,))
             other |= fills != 0
         if other.any():
             return count + int(other.argmax())
         count += size
-        window *= 2
+        window *= 4
     return count
-
-
-def _lastOfEach(addresses: NDArray[np.uint64]) -> NDArray[np.intp]:
-    """Which to keep so that each address is there once, with its last record; in order."""
-    _, first = np.unique(addresses[::-1], return_index=True)
-    return np.sort(len(addresses) - 1 - first)
-
-
-def _withoutOverlap(
-    view: memoryview, pages: NDArray[np.intp], zeros: NDArray[np.intp]
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The same records without those whose address a later one overwrites."""
-    places = np.concatenate((pages, zeros))
-    places.sort()
-    addresses = _addresses(view, places)
-    if (addresses[1:] > addresses[:-1]).all():
-        return pages, zeros
-    kept = places[_lastOfEach(addresses)]
-    return np.intersect1d(pages, kept, True), np.intersect1d(zeros, kept, True)
