@@ -78,7 +78,7 @@ class Spool:
         )  # full ones, oldest first; an int is a slot of the file
         self._tail = pool.take()
         self._used = 0
-        self._finished = False
+        self._finished = self._warned = False
         self._error: Exception | None = None
         self._waiters: list[Deferred[None]] = []
 
@@ -157,7 +157,9 @@ class Spool:
                 stored = self._spill.store(memoryview(self._tail))
             except StorageError as error:
                 self.full = True
-                self._log.warn("the guest waits for the link: {reason}", reason=str(error))
+                if not self._warned:
+                    self._warned = True
+                    self._log.warn("the guest waits for the link: {reason}", reason=str(error))
         if stored is self._tail:
             self._pool.queued += CHUNK
             self._tail = self._pool.take()
