@@ -255,7 +255,7 @@ class InitialReader(_Reader):
         kind = view[pos]
         if self._ram.inside or kind in (VM_SECTION_START, VM_SECTION_PART, VM_SECTION_END):
             end = self._ram.read(view, pos, events)
-            if events and isinstance(events[-1], RamEnd):
+            if not self._ram.inside and RamEnd() in events[-1:]:
                 self._step = self._deviceState
             return end
         if kind == VM_COMMAND:
@@ -365,8 +365,8 @@ class CheckpointReader(_Reader):
                 return pos + 1
             if not self._ram.inside and kind not in (VM_SECTION_PART, VM_SECTION_END):
                 raise StreamError(f"section type 0x{kind:02x} where a checkpoint's RAM is due")
-            before, pos = pos, self._ram.read(view, pos, events)
-            self._ended = bool(events) and isinstance(events[-1], RamEnd)
-            if pos == before:
+            pos = self._ram.read(view, pos, events)
+            if self._ram.inside:
                 break
+            self._ended = RamEnd() in events[-1:]
         return pos
