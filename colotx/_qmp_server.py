@@ -264,7 +264,7 @@ class QmpServerFactory(Factory):
         client.factory = self
         return client
 
-    def emit(self, event: str, data: JsonObject | None = None) -> None:
+    def emit(self, event: str, data: Mapping[str, object] | None = None) -> None:
         """Tell all clients that have negotiated. Never fails for a client's sake, never waits."""
         microseconds = round(self._clock.seconds() * 1_000_000)
         message: JsonObject = {
