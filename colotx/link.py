@@ -1,0 +1,485 @@
+"""
+The link between two daemons: one listening port, several TLS connections, one session at a time.
+
+The secondary listens (L{LinkListener}), the primary dials and never gives up (L{LinkDialer})::
+
+    dialer                                   listener
+      TLS, ALPN colotx-control/1  -------->    checks the name in the certificate
+      hello  ----------------------------->    judges it
+      judges it  <-------------------------  hello, accepted | refused
+      accepted | refused  ---------------->
+      TLS, ALPN colotx-colo/1, session id ->   binds it to the session
+     [TLS, ALPN colotx-frames/1, session id]
+      session  <---------------------------  established, session
+
+Both judge by protocol version, VM name, role and kind of secondary, then ask their owner. A refusal is sent to the
+other side, so that both logs name it. No byte of a session reaches an owner before both sides accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+from typing import Protocol as TypingProtocol
+from uuid import uuid4
+
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.internet.endpoints import HostnameEndpoint
+from twisted.internet.error import CannotListenError, ConnectError, DNSLookupError
+from twisted.internet.interfaces import IAddress, IListeningPort, IProtocol, ITransport
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.python.failure import Failure
+
+from colotx.certificates import Credentials
+from colotx.channel import Channel, ChannelKind, LinkTransport, clientTLS, serverTLS
+from colotx.errors import ColoError, ConfigError, HelloRefused, PeerError, PeerLost
+from colotx.hello import Hello
+from colotx.session import ControlConnection, Heartbeat, Session
+
+MAX_STRANGERS = 32
+"""Connections that may be within their TLS handshake at the same time; one more, and the oldest is dropped."""
+
+_SESSION_ID = 36
+"""Bytes of a session id in text form, the first ones on every channel but control."""
+
+Reactor = Any
+"""IReactorTCP, IReactorTime and IReactorPluggableNameResolver at once; zope.interface has no intersections."""
+
+
+class LinkOwner(TypingProtocol):
+    """What the link asks of the daemon it serves."""
+
+    def hello(self) -> Hello:
+        """Who we are at this moment; the link fills in C{session}."""
+
+    def judge(self, peer: Hello) -> str | None:
+        """@return: the reason to refuse the peer, or None: it is welcome."""
+
+    def buildColo(self) -> IProtocol:
+        """@return: a new protocol for the COLO channel of a session."""
+
+    def buildFrames(self) -> IProtocol:
+        """@return: a new protocol for the frames channel; called only when the dialer's hello asked for one."""
+
+    def sessionEstablished(self, session: Session) -> None:
+        """Both sides accepted and every channel is connected; bytes flow when this returns."""
+
+    def linkRefused(self, error: HelloRefused) -> None:
+        """This side or the other refused; the dialer will try again."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """
+    All in seconds.
+
+    @ivar heartbeat: see L{Heartbeat}.
+    @ivar connectTimeout: for one TCP connection.
+    @ivar helloTimeout: from a TCP connection to the session.
+    @ivar retryFirst: before the first retry; doubled for each further one.
+    @ivar retryMost: at most between two tries.
+    @ivar retryRefused: after a refusal, which seldom goes away by itself.
+    """
+
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    connectTimeout: float = 3.0
+    helloTimeout: float = 5.0
+    retryFirst: float = 0.05
+    retryMost: float = 1.0
+    retryRefused: float = 5.0
+
+
+class _Candidate:
+    """A session being made: who it is for, and the channels it has so far."""
+
+    def __init__(self, peer: Hello, control: Channel) -> None:
+        self.peer = peer
+        self.control = control
+        self.channels: dict[ChannelKind, Channel] = {}
+        self.missing = set(_dataChannels(peer))
+        self.complete: Deferred[None] = Deferred()
+        control.onLost = self.end
+
+    def bind(self, kind: ChannelKind, channel: Channel) -> None:
+        """A data channel has said that it belongs here."""
+        self.missing.remove(kind)
+        self.channels[kind] = channel
+        channel.onLost = self.end
+        if not self.missing:
+            self.complete.callback(None)
+
+    def end(self, error: ColoError) -> None:
+        """It will not be: whichever channel was lost, the others go too. Harmless when repeated."""
+        for channel in (self.control, *self.channels.values()):
+            channel.end(error)
+        if not self.complete.called:
+            self.complete.errback(error)
+
+
+class _Preface(Protocol):
+    """Reads the session id, then hands the channel over."""
+
+    def __init__(self, bind: Callable[[str, bytes], None]) -> None:
+        self._bind = bind
+        self._buffer = b""
+
+    def dataReceived(self, data: bytes) -> None:
+        self._buffer += data
+        if len(self._buffer) >= _SESSION_ID:
+            session = self._buffer[:_SESSION_ID].decode("ascii", "replace")
+            self._bind(session, self._buffer[_SESSION_ID:])
+
+
+class LinkListener:
+    """
+    The secondary's end.
+
+    @ivar session: the L{Session} that lives now, or None.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        owner: LinkOwner,
+        credentials: Credentials,
+        peerName: str,
+        port: int,
+        interface: str = "",
+        settings: LinkSettings | None = None,
+    ) -> None:
+        """
+        @param peerName: the DNS name or IP address the primary's certificate must be for.
+        @param port: TCP port; 0: any, see L{address}.
+        @param interface: the local IP address to listen on; empty: all IPv4 addresses, C{::}: all.
+        """
+        self._reactor = reactor
+        self._owner = owner
+        self._credentials = credentials
+        self._peerName = peerName
+        self._port = port
+        self._interface = interface
+        self._settings = settings or LinkSettings()
+        self._listening: IListeningPort | None = None
+        self._tls: TLSMemoryBIOFactory | None = None
+        self._candidate: _Candidate | None = None
+        self.session: Session | None = None
+
+    def start(self) -> None:
+        """
+        Listen.
+
+        @raise ConfigError: the address or port cannot be used.
+        """
+        self._tls = serverTLS(self._credentials, Factory.forProtocol(self._accept), self._reactor)
+        try:
+            self._listening = self._reactor.listenTCP(self._port, self._tls, interface=self._interface)
+        except (CannotListenError, OSError) as e:
+            where = self._interface or "all addresses"
+            raise ConfigError(f"cannot listen on port {self._port} of {where}: {e}; choose another") from e
+
+    @property
+    def address(self) -> IAddress:
+        """Where it listens."""
+        assert self._listening is not None
+        return self._listening.getHost()
+
+    async def stop(self) -> None:
+        """Stop listening, end the session, wait until its connections are closed. Harmless when stopped."""
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            await maybeDeferred(listening.stopListening)
+        for channel in self._channels():
+            if not channel.adopted:
+                channel.end(PeerLost("this daemon stops"))
+        if self.session is not None:
+            session = self.session
+            session.close("the secondary's daemon stops")
+            await session.whenGone()
+
+    # -- connections
+
+    def _channels(self) -> list[Channel]:
+        """All there are, the oldest first."""
+        assert self._tls is not None
+        return [cast(Channel, transport.wrappedProtocol) for transport in self._tls.protocols]
+
+    def _accept(self) -> Channel:
+        strangers = [channel for channel in self._channels() if channel.kind is None]
+        if len(strangers) >= MAX_STRANGERS:
+            strangers[0].end(PeerError("too many connections that do not complete the TLS handshake"))
+        channel = Channel(self._reactor, self._peerName, self._settings.helloTimeout)
+        channel.secured.addCallbacks(self._admit, self._stranger)
+        return channel
+
+    def _stranger(self, failure: Failure) -> None:
+        self._log.warn("a connection came to nothing: {reason}", reason=failure.getErrorMessage())
+
+    def _admit(self, channel: Channel) -> None:
+        if channel.kind is ChannelKind.CONTROL:
+            Deferred.fromCoroutine(self._welcome(channel)).addErrback(self._unwelcome, channel)
+        else:
+            channel.attach(_Preface(lambda session, rest: self._bind(channel, session, rest)))
+            channel.release()
+
+    def _bind(self, channel: Channel, session: str, rest: bytes) -> None:
+        candidate, kind = self._candidate, channel.kind
+        if channel.nameFault is not None:
+            reason = channel.nameFault
+        elif candidate is None or kind not in candidate.missing or session != candidate.peer.session:
+            reason = "no session waits for it"
+        else:
+            channel.detach(rest)
+            candidate.bind(kind, channel)
+            return
+        self._log.warn("a data channel of {peer} was refused: {reason}", peer=channel.peer, reason=reason)
+        channel.end(PeerError(reason))
+
+    # -- sessions
+
+    async def _welcome(self, channel: Channel) -> None:
+        control = ControlConnection(channel)
+        channel.attach(control)
+        channel.release()
+        if channel.nameFault is not None:
+            raise control.refuse(channel.nameFault)
+        try:
+            peer = Hello.fromMessage(await control.receive())
+        except HelloRefused as e:
+            raise control.refuse(e.reason) from None
+        local = replace(self._owner.hello(), session=peer.session)
+        control.send(local.toMessage())
+        reason = local.fault(peer) or self._owner.judge(peer) or self._occupied(peer)
+        if reason is not None:
+            raise control.refuse(reason)
+        self._makeRoom()
+        candidate = self._candidate = _Candidate(peer, channel)
+        try:
+            control.send({"type": "accepted"})
+            await control.receiveType("accepted")
+            await candidate.complete
+        except BaseException:
+            candidate.end(PeerLost("the session did not come about"))
+            raise
+        finally:
+            if self._candidate is candidate:
+                self._candidate = None
+        control.send({"type": "established"})
+        session = self.session = _makeSession(
+            self._reactor, self._owner, self._settings, local, peer, control, candidate.channels
+        )
+        session.whenLost().addCallback(self._sessionLost, session)
+        session.start(self._owner.sessionEstablished)
+
+    def _unwelcome(self, failure: Failure, channel: Channel) -> None:
+        error = failure.value
+        if not isinstance(error, ColoError):
+            self._log.failure("no session with {peer}", failure, peer=channel.peer)
+            channel.end(PeerError("internal error, see the log"))
+            return
+        self._log.warn("no session with {peer}: {reason}", peer=channel.peer, reason=str(error))
+        if isinstance(error, HelloRefused):
+            self._owner.linkRefused(error)
+
+    def _occupied(self, peer: Hello) -> str | None:
+        for other in (self.session, self._candidate):
+            if other is not None and other.peer.instance != peer.instance:
+                return f"already protected by this secondary: instance {other.peer.instance}; end that daemon first"
+        return None
+
+    def _makeRoom(self) -> None:
+        """Whatever is here is of the same instance, which has begun anew."""
+        if self._candidate is not None:
+            self._candidate.end(PeerLost("the same instance dialed again"))
+        if self.session is not None:
+            self.session.end(PeerLost("the same instance dialed again"))
+
+    def _sessionLost(self, error: PeerError, session: Session) -> None:
+        _logLost(self._log, session, error)
+        if self.session is session:
+            self.session = None
+
+
+class LinkDialer:
+    """
+    The primary's end: dials until C{stop}, for ever.
+
+    @ivar session: the L{Session} that lives now, or None.
+    @ivar failure: why the last try failed or the last session ended, for status reports; None while all is well.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        owner: LinkOwner,
+        credentials: Credentials,
+        host: str,
+        port: int,
+        peerName: str | None = None,
+        settings: LinkSettings | None = None,
+    ) -> None:
+        """
+        @param host: DNS name or IP address of the secondary.
+        @param peerName: the name the secondary's certificate must be for; None: C{host}.
+        """
+        self._reactor = reactor
+        self._owner = owner
+        self._credentials = credentials
+        self._host = host
+        self._port = port
+        self._peerName = peerName or host
+        self._settings = settings or LinkSettings()
+        self._running: Deferred[None] | None = None
+        self._stopping = False
+        self.session: Session | None = None
+        self.failure: ColoError | None = None
+
+    def start(self) -> None:
+        """Begin to dial."""
+        self._stopping = False
+        self._running = Deferred.fromCoroutine(self._run())
+        self._running.addErrback(_stopped)
+
+    async def stop(self) -> None:
+        """Dial no more, end the session, wait until its connections are closed. Harmless when stopped."""
+        self._stopping = True
+        if self.session is not None:
+            session = self.session
+            session.close("the primary's daemon stops")
+            await session.whenGone()
+        elif self._running is not None:
+            self._running.cancel()
+
+    async def _run(self) -> None:
+        wait = 0.0
+        while not self._stopping:  # an owner may stop us from within its callbacks
+            await deferLater(self._reactor, wait)
+            wait = await self._attempt(wait)
+
+    async def _attempt(self, lastWait: float) -> float:
+        """Have one session, or fail to get it. @return: how long to wait then, seconds."""
+        settings = self._settings
+        try:
+            session = await self._dialSession()
+        except HelloRefused as e:
+            self._failed(e)
+            self._owner.linkRefused(e)
+            return settings.retryRefused
+        except ColoError as e:
+            self._failed(e)
+            return min(max(settings.retryFirst, lastWait * 2), settings.retryMost)
+        except CancelledError:
+            raise
+        except Exception:
+            self._log.failure("dialing {host}:{port}", host=self._host, port=self._port)
+            return settings.retryMost
+        self.failure = None
+        self.session = session
+        session.start(self._owner.sessionEstablished)
+        self.failure = await session.whenLost()
+        _logLost(self._log, session, self.failure)
+        self.session = None
+        return settings.retryFirst
+
+    def _failed(self, error: ColoError) -> None:
+        if str(error) != str(self.failure):  # a peer that is down would otherwise fill the log
+            self._log.warn(
+                "no session with {host}:{port} yet: {reason}",
+                host=self._host,
+                port=self._port,
+                reason=str(error),
+            )
+        self.failure = error
+
+    async def _dialSession(self) -> Session:
+        local = replace(self._owner.hello(), session=str(uuid4()))
+        control = ControlConnection(await self._dial(ChannelKind.CONTROL))
+        channels: dict[ChannelKind, Channel] = {}
+        try:
+            control.channel.attach(control)
+            control.channel.release()
+            control.send(local.toMessage())
+            peer = await self._judge(control, local)
+            for kind in _dataChannels(local):
+                channel = channels[kind] = await self._dial(kind)
+                channel.onLost = control.channel.end
+                cast(ITransport, channel.transport).write(local.session.encode())
+            await control.receiveType("established")
+        except HelloRefused:
+            raise  # control is closing, so that the reason gets across
+        except BaseException as e:
+            for channel in (control.channel, *channels.values()):
+                channel.end(e if isinstance(e, ColoError) else PeerLost("this daemon stops"))
+            raise
+        return _makeSession(self._reactor, self._owner, self._settings, local, peer, control, channels)
+
+    async def _judge(self, control: ControlConnection, local: Hello) -> Hello:
+        """Exchange verdicts. @return: the peer's hello. @raise HelloRefused: by one side or the other."""
+        try:
+            peer = Hello.fromMessage(await control.receive())
+        except HelloRefused as e:
+            raise control.refuse(e.reason) from None
+        reason = local.fault(peer) or self._owner.judge(peer)
+        if peer.session != local.session:
+            reason = "the peer answered another hello than ours"
+        if reason is not None:
+            raise control.refuse(reason)
+        await control.receiveType("accepted")
+        control.send({"type": "accepted"})
+        return peer
+
+    async def _dial(self, kind: ChannelKind) -> Channel:
+        settings = self._settings
+        factory = Factory.forProtocol(lambda: Channel(self._reactor, self._peerName, settings.helloTimeout))
+        tls = clientTLS(self._credentials, self._peerName, kind, factory, self._reactor)
+        endpoint = HostnameEndpoint(self._reactor, self._host, self._port, timeout=settings.connectTimeout)
+        try:
+            transport = await endpoint.connect(tls)
+        except (ConnectError, DNSLookupError) as e:
+            raise PeerLost(f"cannot reach {self._host}:{self._port}: {e}") from e
+        channel = cast(Channel, cast(LinkTransport, transport).wrappedProtocol)
+        try:
+            return await channel.secured
+        except CancelledError:
+            channel.end(PeerLost("this daemon stops"))
+            raise
+
+
+def _stopped(failure: Failure) -> None:
+    if not isinstance(failure.value, CancelledError):
+        failure.raiseException()
+
+
+def _dataChannels(dialer: Hello) -> tuple[ChannelKind, ...]:
+    """The channels a session has besides control; the dialer says so."""
+    return (ChannelKind.COLO, ChannelKind.FRAMES) if dialer.frames else (ChannelKind.COLO,)
+
+
+def _makeSession(
+    reactor: Reactor,
+    owner: LinkOwner,
+    settings: LinkSettings,
+    local: Hello,
+    peer: Hello,
+    control: ControlConnection,
+    channels: Mapping[ChannelKind, Channel],
+) -> Session:
+    frames = owner.buildFrames() if ChannelKind.FRAMES in channels else None
+    return Session(reactor, local, peer, control, channels, owner.buildColo(), frames, settings.heartbeat)
+
+
+def _logLost(log: Logger, session: Session, error: PeerError) -> None:
+    log.warn(
+        "session {session} with instance {instance} ended {silence} ms after the peer was last heard: {reason}",
+        session=session.local.session,
+        instance=session.peer.instance,
+        silence=round((session.silence or 0) * 1000),
+        reason=str(error),
+    )
