@@ -21,7 +21,7 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from colotx.errors import ColoError, PeerError, UnexpectedMessage
+from colotx.errors import ColoError, UnexpectedMessage
 from colotx.failover import FailoverService
 from colotx.interfaces import ColoMode
 from colotx.protocol import ColoConnection, ColoMessage, encodeMessage
@@ -86,14 +86,28 @@ class _Counted:
         await self._sink.write(data)
 
 
+class _HoldBack:
+    """A sink that keeps the last piece, so that the peer cannot be complete before C{finish}."""
+
+    def __init__(self, sink: Any) -> None:
+        self._sink = sink
+        self._last = b""
+
+    async def write(self, data: bytes | memoryview) -> None:
+        if self._last:
+            await self._sink.write(self._last)
+        self._last = bytes(data)
+
+    async def finish(self) -> None:
+        await self._sink.write(self._last)
+
+
 class PrimaryProcess:
     """
     The primary's checkpoint process: one protection, from the initial transfer until it ends.
 
     @ivar trigger: when the next checkpoint is due.
     @ivar statistics: of all checkpoints of this process.
-    @ivar committed: True once the peer holds a checkpoint; from then on it could go live.
-    @ivar exposed: True once the peer B{may} hold one: everything it needs was handed to the transport.
     """
 
     def __init__(
@@ -107,6 +121,7 @@ class PrimaryProcess:
         statistics: CheckpointStatistics,
         makeSpool: Callable[[], Spool] | None,
         timeouts: Timeouts = Timeouts(),
+        onExposed: Callable[[], None] = lambda: None,
         onCommitted: Callable[[CheckpointRecord], None] = lambda record: None,
     ) -> None:
         """
@@ -115,6 +130,8 @@ class PrimaryProcess:
         @param replication: an L{colotx.interfaces.IReplication}.
         @param makeSpool: makes the spool of a pipelined checkpoint; None: not pipelined, the guest is answered
             only when the peer has loaded (active secondary).
+        @param onExposed: called once, when the initial transfer is out: from then on the peer may hold a checkpoint.
+            When it raises, the protection ends before the peer could.
         @param onCommitted: called after each checkpoint the peer holds, the initial one (number 0) included.
         """
         self._clock = clock
@@ -124,12 +141,11 @@ class PrimaryProcess:
         self._failover = failover
         self._makeSpool = makeSpool
         self._timeouts = timeouts
+        self._onExposed = onExposed
         self._onCommitted = onCommitted
         self._trace = _Transcript("primary")
         self.trigger = trigger
         self.statistics = statistics
-        self.committed = False
-        self.exposed = False
 
     async def run(self, wire: ColoConnection) -> None:
         """
@@ -174,18 +190,21 @@ class PrimaryProcess:
             wire.whenLost = None
 
     async def _initial(self, wire: ColoConnection) -> None:
-        guest, gate = self._guest, self._gate
+        guest = self._guest
         record = CheckpointRecord(0, "initial transfer")
-        sink = _Counted(wire)
+        heldBack = _HoldBack(wire)
+        sink = _Counted(heldBack)
         began = self._clock.seconds()
         await guest.transferInitial(sink)
         self._check(wire)
         stopped = self._clock.seconds()
-        # The peer can hold the checkpoint from here on, so nothing more may leave uncovered.
-        self.exposed = True
         guest.port.drain()
-        gate.shut()
-        epoch = gate.closeEpoch()
+        self._gate.shut()
+        epoch = self._gate.closeEpoch()
+        # With the last piece the peer can hold a checkpoint, and one day go on from it: nothing leaves uncovered from
+        # here on, and whoever must know that is told first.
+        self._onExposed()
+        await heldBack.finish()
         record.live = (stopped - began) * 1000
         record.ramBytes = sink.bytes
         self._trace.phase("initial stream is out", bytes=sink.bytes)
@@ -224,7 +243,6 @@ class PrimaryProcess:
         else:
             spool = self._makeSpool()
             pump = await self._capture(wire, spool, record, stopping)
-            self.exposed = True
             await pump
         await self._expect(wire, ColoMessage.VMSTATE_RECEIVED, timeouts.received)
         record.commit = self._since(stopped)
@@ -288,7 +306,6 @@ class PrimaryProcess:
         self._trace.phase("guest answered", downtime=record.downtime)
 
     def _commit(self, record: CheckpointRecord, epoch: int) -> None:
-        self.committed = True
         self._gate.release(epoch)
         self.statistics.add(record)
         self._trace.phase("committed", number=record.number, epoch=epoch, commit=record.commit)
@@ -373,11 +390,6 @@ class SecondaryProcess:
             await self._initial(wire, ram)
             while True:
                 await self._transaction(wire, ram)
-        except ColoError as error:
-            wire.abort(
-                error if isinstance(error, PeerError) else PeerError(f"the secondary gave up: {error}")
-            )
-            raise
         finally:
             self.loading = False
             self._guest.abandon()

@@ -65,7 +65,7 @@ class OutputGate:
         deliver: Callable[[Sequence[bytes]], None],
         wantCheckpoint: Callable[[str], None],
         throttle: Callable[[bool], None],
-        limits: GateLimits = GateLimits(),  # noqa: B008 - immutable
+        limits: GateLimits = GateLimits(),
     ) -> None:
         """
         @param deliver: takes the frames that leave.

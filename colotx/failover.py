@@ -5,10 +5,10 @@ The states and the rule that they change only by compare-and-set are QEMU's (QEM
 C{migration/colo-failover.c})::
 
     NONE --request--> REQUIRE --perform--> ACTIVE --granted, steps done--> COMPLETED
-                                             |  \
-                       a checkpoint is being |   \ not granted
-                                      loaded v    v
-    NONE (and requested again) <--finished-- RELAUNCH   NONE
+                                             | |
+                      a checkpoint is loaded | | not granted
+                                             v v
+    NONE (and requested again) <---- RELAUNCH   NONE
 
 This file knows the order, not the how: the steps are the role's (L{IFailoverRole}).
 """
@@ -71,10 +71,12 @@ class FailoverCause:
 
     @ivar reason: words for the log and the status.
     @ivar forced: an operator's word, or proof that the other side's guest is dead: stronger than silence.
+    @ivar operator: an operator's word: it also accepts a checkpoint that others know to be too old.
     """
 
     reason: str
-    forced: bool
+    forced: bool = False
+    operator: bool = False
 
 
 class IFailoverRole(Protocol):

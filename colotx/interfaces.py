@@ -72,6 +72,15 @@ class IRunControl(Interface):
         @return: a Deferred that fires when it runs.
         """
 
+    def pause():  # type: ignore[no-untyped-def]
+        """
+        The operator's C{stop}, of a guest that is not protected. @return: a Deferred that fires when no virtual CPU
+        runs; the run state is C{PAUSED}.
+        """
+
+    def unpause():  # type: ignore[no-untyped-def]
+        """The operator's C{cont}. @return: a Deferred that fires when it runs."""
+
 
 class ILiveState(Interface):
     """The RAM of a primary guest."""

@@ -260,9 +260,7 @@ class ColoConnection(Protocol):
             waiter, self._readWaiter = self._readWaiter, None
             waiter.callback(None)
         self._wakeWriters()
-        if self.whenLost is not None:
-            callback, self.whenLost = self.whenLost, None
-            callback(lost)
+        self._tellLost(lost)
 
     def pauseProducing(self) -> None:
         """The transport's buffer is full."""
@@ -354,10 +352,9 @@ class ColoConnection(Protocol):
 
     # -- ending
 
-    def abort(self, error: ColoError) -> None:
+    def fail(self, error: ColoError) -> None:
         """
-        Shut both directions down at once; whatever waits, and whatever will, fails with C{error}. Harmless when it
-        is gone already.
+        Whatever waits, and whatever will, fails with C{error}; the transport stays. Harmless when it is gone already.
         """
         if self._failed is None and not self._ended:
             self._failed = error
@@ -365,6 +362,11 @@ class ColoConnection(Protocol):
             waiter, self._readWaiter = self._readWaiter, None
             waiter.callback(None)
         self._wakeWriters()
+        self._tellLost(error)
+
+    def abort(self, error: ColoError) -> None:
+        """L{fail}, and shut both directions of the transport down at once."""
+        self.fail(error)
         if self.transport is not None and not self._ended:
             self.transport.abortConnection()  # type: ignore[attr-defined]
 
@@ -424,6 +426,11 @@ class ColoConnection(Protocol):
                 self._writeWaiters.remove(waiter)
         if late:
             raise PeerTimeout(f"the peer did not {what} within {timeout:g} s")
+
+    def _tellLost(self, error: ColoError) -> None:
+        if self.whenLost is not None:
+            callback, self.whenLost = self.whenLost, None
+            callback(error)
 
     def _wakeWriters(self) -> None:
         waiters, self._writeWaiters = self._writeWaiters, []

@@ -74,8 +74,7 @@ class Settings:
     @ivar control: path of the control socket; empty: the default place for this VM.
     @ivar listen: where a secondary waits for the primary.
     @ivar peer: where the other daemon listens; a primary dials it.
-    @ivar peerName: DNS name or IP address in the peer's certificate; empty: the host part of C{peer}; a secondary
-        without either accepts any certificate of the CA.
+    @ivar peerName: DNS name or IP address in the peer's certificate; empty: the host part of C{peer}.
     @ivar ca: path of the CA's certificate (PEM); empty: the local CA, on loopback only.
     @ivar certificate: path of this daemon's certificate (PEM).
     @ivar key: path of its private key (PEM).
@@ -229,6 +228,11 @@ def _check(settings: Settings) -> None:
     need(settings.memoryDirty >= 0, "memoryDirty", "must not be negative")
     given = [bool(settings.ca), bool(settings.certificate), bool(settings.key)]
     need(all(given) or not any(given), "ca", "ca, certificate and key belong together: give all three")
+    need(
+        settings.role == "primary" or not all(given) or bool(settings.peerName or settings.peer),
+        "peerName",
+        "say which name or address the primary's certificate must be for (or give peer)",
+    )
     need(
         all(given) or settings.link.isLoopback,
         "certificate",

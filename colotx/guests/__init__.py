@@ -1,1 +1,48 @@
 """Guests: what colotx protects. C{memory} is embedded, C{qemu} is a real virtual machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+from colotx.ramcache import CacheLimits, RamCache
+from colotx.settings import Settings
+
+
+def createFactory(settings: Settings, reactor: Any, stateDir: str) -> Any:
+    """
+    @param stateDir: where what is built once is kept.
+    @return: the L{colotx.interfaces.IGuestFactory} of the kind the operator chose.
+    @raise colotx.errors.ConfigError: the settings cannot work for this kind of guest, or on this machine.
+    """
+    limits = CacheLimits(settings.stagingMemory, settings.spillDir)
+    if settings.guest == "memory":
+        from colotx.guests.memory import MemoryGuestFactory, MemorySettings
+
+        return MemoryGuestFactory(
+            reactor,
+            MemorySettings(
+                ramBytes=settings.memorySize,
+                address=settings.memoryAddress,
+                mac=settings.mac,
+                dirtyPages=settings.memoryDirty,
+            ),
+            lambda: RamCache(limits),
+        )
+    from colotx.guests import emulation
+    from colotx.guests.qemu import QemuGuestFactory
+    from colotx.guests.qemu_arguments import QemuSettings
+
+    return QemuGuestFactory(
+        reactor,
+        QemuSettings(
+            arguments=settings.qemuArguments,
+            runtimeDirectory=os.path.join(tempfile.gettempdir(), f"colotx-{os.getpid()}"),
+            binary=settings.qemuBinary,
+            nicModel=settings.nicModel,
+            mac=settings.mac,
+            environment={} if emulation.kvmUsable() else emulation.environment(stateDir),
+        ),
+        lambda: RamCache(limits),
+    )

@@ -176,6 +176,17 @@ class MemoryPrimaryGuest:
             self._wake()
         return succeed(None)
 
+    def pause(self) -> Deferred[None]:
+        if self.runState is RunState.RUNNING:
+            self.runState = RunState.PAUSED
+            self._ticking.cancel()
+        return succeed(None)
+
+    def unpause(self) -> Deferred[None]:
+        if self.runState is RunState.PAUSED:
+            self.runState = RunState.COLO
+        return self.start()
+
     def endProtection(self) -> Deferred[None]:
         if self._transfer is not None:
             self._transfer.cancel()

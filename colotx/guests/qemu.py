@@ -88,6 +88,14 @@ class QemuPrimaryGuest:
         """As L{IRunControl.start}. In the middle of a transfer QEMU can only go on by leaving COLO, and does."""
         return ensureDeferred(self._start())
 
+    def pause(self) -> Deferred[None]:
+        """As L{IRunControl.pause}."""
+        return ensureDeferred(self._running().execute("stop"))
+
+    def unpause(self) -> Deferred[None]:
+        """As L{IRunControl.unpause}."""
+        return ensureDeferred(self._running().execute("cont"))
+
     def transferInitial(self, sink: Sink) -> Deferred[None]:
         """As L{ILiveState.transferInitial}."""
         return ensureDeferred(self._transferInitial(sink))

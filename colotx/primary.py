@@ -1,0 +1,388 @@
+"""
+The primary's role: it runs the guest, lets its output out through the gate, keeps a secondary supplied with
+checkpoints, and knows when to hold.
+
+It joins the guest, the outside port, the gate, the link and the checkpoint process; each of them decides for itself
+what is its own. What is decided here is only what ends and what begins when one of them fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from twisted.internet.defer import Deferred, ensureDeferred, succeed
+from twisted.logger import Logger
+
+from colotx.announce import AddressTable, Announcer
+from colotx.checkpoint import FailoverRequested, PrimaryProcess
+from colotx.compare import OutputGate
+from colotx.errors import ColoError, GuestError, PeerLost
+from colotx.failover import FailoverCause, FailoverService
+from colotx.hello import Hello, Role
+from colotx.interfaces import ColoMode, Grant, RunState
+from colotx.ports import parseOutside
+from colotx.replication import NoReplication
+from colotx.role import ControlMessage, PeerResync, Surroundings
+from colotx.spool import BufferPool, Spool
+from colotx.statistics import CheckpointRecord
+from colotx.status import Protection
+from colotx.trigger import CheckpointTrigger
+
+RESYNC_GRACE = 2.0
+"""Seconds a peer that lives has to come back with a new session before it counts as lost."""
+
+
+class PrimaryRole:
+    """
+    One guest that runs here.
+
+    @ivar mode: PRIMARY from the moment the peer may hold a checkpoint until a failover.
+    @ivar guest: the L{colotx.interfaces.IPrimaryGuest}.
+    """
+
+    log = Logger()
+    role: Role = "primary"
+    loading = False
+
+    def __init__(self, around: Surroundings, guest: Any, addresses: AddressTable | None = None) -> None:
+        """
+        @param guest: an L{colotx.interfaces.IPrimaryGuest}, not launched.
+        @param addresses: what it is known by already.
+        """
+        settings = around.settings
+        self._around = around
+        self.guest = guest
+        self.outside = parseOutside(settings.outside)(around.reactor)
+        self.trigger = CheckpointTrigger(around.reactor, around.parameters.checkpointDelay)
+        self.gate = OutputGate(self.outside.send, self.trigger.notify, self._throttle)
+        self.addresses = addresses or AddressTable()
+        self.replication = NoReplication()
+        self.failover = FailoverService(self, self._exited)
+        self.mode = ColoMode.NONE
+        self.launched = False
+        self._pool = BufferPool(settings.spoolMemory)
+        self._session: Any = None
+        self._protection: Deferred[None] = succeed(None)
+        self._launching: Deferred[None] | None = None
+        self._grace: Any = None
+        self._announcer: Announcer | None = None
+        self._outranked = False
+        guest.onLost = self._guestLost
+        guest.onCheckpointWanted = self.trigger.notify
+        guest.port.receiver = self._fromGuest
+        self.outside.receiver = self._fromOutside
+
+    # -- beginning and end
+
+    async def start(self) -> None:
+        """
+        Run the guest, or, when a peer may have gone on with it while this daemon was away, wait for a word.
+
+        @raise colotx.errors.ConfigError: the outside port cannot be opened.
+        @raise GuestError: the guest does not start.
+        """
+        await self.outside.open()
+        if self._around.store.current.protected:
+            self.mode = ColoMode.PRIMARY
+            self._set(
+                Protection.DEGRADED,
+                "this daemon stopped while the peer held a checkpoint: the peer may run the guest now",
+                "nothing runs here; `colo failover` starts the guest here if the other host is certainly off",
+            )
+            return
+        await self._launch()
+        self._set(
+            Protection.UNPROTECTED, "no secondary has connected yet", "the guest is lost if this host dies"
+        )
+
+    async def goOn(self, grant: Grant) -> None:
+        """
+        Run a promoted guest: its output is ungated, its neighbours are told where it is now.
+
+        @raise GuestError: the guest does not start.
+        """
+        await self.outside.open()
+        await self._launch()
+        self._announcer = Announcer(self._around.reactor, self.outside, self.addresses)
+        self._announcer.start()
+        self._alone(grant)
+
+    async def stop(self) -> None:
+        """End the guest, tell the peer that it is certainly dead, release everything."""
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        if self._announcer is not None:
+            self._announcer.stop()
+        session, self._session = self._session, None
+        self.guest.onLost = None
+        self.gate.shut()
+        await self.guest.shutdown()
+        if session is not None:
+            session.control.send(
+                {
+                    "type": ControlMessage.GUEST_LOST,
+                    "reason": "the primary's daemon was stopped in an orderly way",
+                }
+            )
+            session.close("this daemon stops")
+            session.colo.fail(PeerLost("this daemon stops"))
+        await self._protection
+        await self.outside.close()
+
+    @property
+    def runState(self) -> RunState:
+        """Of the guest."""
+        state: RunState = self.guest.runState
+        return state
+
+    def describe(self) -> dict[str, object]:
+        """For C{query-colotx-stats}: the gate and the frames."""
+        statistics = self.gate.statistics
+        return {
+            "gate": "open" if self.gate.isOpen else "shut",
+            "held-frames": statistics.heldFrames,
+            "held-bytes": statistics.heldBytes,
+            "max-held-bytes": statistics.maxHeldBytes,
+            "released-frames": statistics.released,
+            "throttled": statistics.throttled,
+            "early-checkpoints": self.trigger.early,
+        }
+
+    # -- frames
+
+    def _fromGuest(self, frames: Sequence[bytes]) -> None:
+        known = len(self.addresses.sightings)
+        self.addresses.observe(frames)
+        if len(self.addresses.sightings) != known:
+            self._tellAddresses()
+        self.gate.hold(frames)
+
+    def _fromOutside(self, frames: Sequence[bytes]) -> None:
+        self.guest.port.send(frames)
+
+    def _throttle(self, on: bool) -> None:
+        if on:
+            self.log.warn("much output waits for a checkpoint: the guest's port is paused")
+            self.guest.port.pause()
+        else:
+            self.guest.port.resume()
+
+    # -- the link
+
+    def judge(self, hello: Hello) -> str | None:
+        """@return: why the peer's hello is refused, or None."""
+        epoch = self._around.store.current.epoch
+        if hello.role != "secondary":
+            return f"a second primary: the guest of {hello.vm} runs on both hosts' account; one must be secondary"
+        if hello.epoch > epoch:
+            return f"stale epoch: this primary knows of epoch {epoch}, the peer of {hello.epoch}"
+        return None
+
+    def refused(self, reason: str) -> None:
+        """The peer refused this primary."""
+        if self.mode is ColoMode.PRIMARY:
+            self._set(
+                Protection.DEGRADED, f"output is held; the peer refused us: {reason}", "nothing changes"
+            )
+        else:
+            self._set(
+                Protection.UNPROTECTED,
+                f"the peer refused us: {reason}",
+                "the guest is lost if this host dies",
+            )
+
+    def sessionEstablished(self, session: Any) -> None:
+        """A secondary is there, so no guest runs on the other host: protect this one."""
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        if self.failover.state.requested and self.failover.running is not None:
+            session.close("a failover is under way")
+            return
+        self._session = session
+        session.control.onMessage = self._fromPeer
+        self._protection = ensureDeferred(self._protect(session))
+        self._protection.addErrback(self._bug)
+
+    def _fromPeer(self, message: dict[str, Any]) -> None:
+        kind, reason = message.get("type"), str(message.get("reason"))[:200]
+        if kind == ControlMessage.RESYNC:
+            self._end(PeerResync(f"the secondary wants a new session: {reason}"))
+        elif kind == ControlMessage.STANDBY_GONE:
+            self.mode = ColoMode.NONE
+        elif kind == ControlMessage.TAKEN_OVER:
+            self._outranked = True
+
+    def _tellAddresses(self) -> None:
+        if self._session is not None:
+            self._session.control.send(
+                {"type": ControlMessage.ADDRESSES, "sightings": self.addresses.encode()}
+            )
+
+    # -- protection
+
+    async def _protect(self, session: Any) -> None:
+        settings = self._around.settings
+        # The peer is a secondary again: whatever checkpoint it had before is void, and so is what was held for it.
+        self.mode = ColoMode.NONE
+        self._outranked = False
+        self.failover = FailoverService(self, self._exited)
+        process = PrimaryProcess(
+            self._around.reactor,
+            self.guest,
+            self.gate,
+            self.replication,
+            self.failover,
+            self.trigger,
+            self._around.statistics,
+            lambda: Spool(self._pool, settings.spillDir),
+            onExposed=self._exposed,
+            onCommitted=self._committed,
+        )
+        try:
+            if not self.launched:
+                await self._launch()
+            self.gate.open()
+            self._tellAddresses()
+            self._set(
+                Protection.RESYNCING,
+                f"the guest's state is on its way to {session.peer.instance}",
+                "the guest runs on here, unprotected",
+            )
+            await process.run(session.colo)
+        except ColoError as error:
+            self.log.info("protection ended: {error}", error=error)
+            if session is self._session:
+                self._session = None
+                lost = session.error is not None
+                if not lost:
+                    session.control.send({"type": ControlMessage.RESYNC, "reason": str(error)})
+                session.close(str(error))
+                if not self.failover.state.requested and not isinstance(error, FailoverRequested):
+                    self._ended(session.error if lost else error, died=lost)
+
+    def _end(self, error: ColoError) -> None:
+        """End the session by a fault that is no death."""
+        if self._session is not None:
+            self._session.colo.fail(error)
+
+    def _exposed(self) -> None:
+        self.mode = ColoMode.PRIMARY
+        self._around.store.save(replace(self._around.store.current, role="primary", protected=True))
+
+    def _committed(self, record: CheckpointRecord) -> None:
+        if record.number == 0:
+            self._set(
+                Protection.PROTECTED,
+                "the secondary holds a checkpoint",
+                "the guest runs on here"
+                if self._around.settings.onLostPeer == "failover"
+                else "the guest's output is held until `colo failover` or until a secondary is back",
+            )
+
+    def _ended(self, error: ColoError, died: bool) -> None:
+        if self.mode is not ColoMode.PRIMARY:
+            # The peer holds nothing it could go on from, so nothing needs to be held here.
+            self.gate.open()
+            self._set(
+                Protection.UNPROTECTED,
+                f"the secondary holds no checkpoint: {error}",
+                "the guest is lost if this host dies",
+            )
+            return
+        self._set(
+            Protection.DEGRADED,
+            f"output is held: {error}",
+            "nothing changes: a secondary that is back, or `colo failover`, ends the hold",
+        )
+        if self._outranked:
+            self._around.emit("COLO_EXIT", {"mode": "primary", "reason": "error"})
+        elif died:
+            self._peerLost(error)
+        else:
+            self._grace = self._around.reactor.callLater(RESYNC_GRACE, self._graceOver, error)
+
+    def _graceOver(self, error: ColoError) -> None:
+        self._grace = None
+        self._peerLost(error)
+
+    def _peerLost(self, error: ColoError) -> None:
+        done = self.failover.request(FailoverCause(str(error)))
+        done.addErrback(self._held)
+
+    def _held(self, failure: Any) -> None:
+        failure.trap(ColoError)
+        self.log.warn("{reason}", reason=failure.getErrorMessage())
+        self._around.emit("COLO_EXIT", {"mode": "primary", "reason": "error"})
+
+    # -- failover
+
+    async def obtainGrant(self, cause: FailoverCause) -> Grant | None:
+        """See L{colotx.failover.IFailoverRole}."""
+        return await self._around.obtainGrant(cause)
+
+    async def shutTransport(self, cause: FailoverCause) -> None:
+        """See L{colotx.failover.IFailoverRole}. The guest runs on, out of COLO mode, when this is done."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.control.send({"type": ControlMessage.TAKEN_OVER, "reason": cause.reason})
+            session.close(f"failover: {cause.reason}")
+            session.colo.fail(FailoverRequested("a failover was requested"))
+        await self._protection
+
+    async def goLive(self, grant: Grant) -> None:
+        """See L{colotx.failover.IFailoverRole}."""
+        await self.replication.stopAll(True)
+        if not self.launched:
+            await self._launch()
+        self.gate.open()
+        self._alone(grant)
+
+    def _alone(self, grant: Grant) -> None:
+        self._set(
+            Protection.UNPROTECTED,
+            f"alone in epoch {grant.epoch} ({grant.source})",
+            "the guest is lost if this host dies",
+        )
+
+    def _exited(self, mode: ColoMode, reason: str) -> None:
+        self.mode = ColoMode.NONE
+        self._around.emit("COLO_EXIT", {"mode": mode.value, "reason": reason})
+
+    # -- the guest
+
+    async def _launch(self) -> None:
+        if self._launching is None:
+            self._launching = ensureDeferred(self._launchOnce())
+        await self._launching
+
+    async def _launchOnce(self) -> None:
+        await self.guest.launch()
+        self.launched = True
+
+    def _guestLost(self, error: GuestError) -> None:
+        self.log.error("the guest is lost: {error}", error=error)
+        self.gate.shut()
+        self.launched = False
+        session, self._session = self._session, None
+        told = session is not None and self.mode is ColoMode.PRIMARY
+        self.mode = ColoMode.NONE
+        if session is not None:
+            session.control.send({"type": ControlMessage.GUEST_LOST, "reason": str(error)})
+            session.close(f"the guest is lost: {error}")
+            session.colo.fail(error)
+        self._set(
+            Protection.UNPROTECTED,
+            f"the guest died: {error}",
+            "the peer was told to go on" if told else "nothing runs; restart this daemon to start the guest",
+        )
+
+    def _set(self, protection: Protection, why: str, consequence: str) -> None:
+        self._around.status.set(protection, why, consequence)
+
+    def _bug(self, failure: Any) -> None:
+        self.log.failure("the protection ended unexpectedly", failure)
+        self._end(ColoError(failure.getErrorMessage()))

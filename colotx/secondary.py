@@ -1,0 +1,251 @@
+"""
+The secondary's role: it holds the primary's checkpoints, and makes a guest of the last one when it must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from twisted.internet.defer import Deferred, ensureDeferred, succeed
+from twisted.logger import Logger
+
+from colotx.announce import AddressTable
+from colotx.checkpoint import FailoverRequested, SecondaryProcess
+from colotx.errors import ColoError, PeerLost
+from colotx.failover import FailoverCause, FailoverService
+from colotx.hello import Hello, Role
+from colotx.interfaces import ColoMode, Grant, RunState
+from colotx.primary import RESYNC_GRACE
+from colotx.replication import NoReplication
+from colotx.role import ControlMessage, PeerResync, Surroundings
+from colotx.status import Protection
+
+ALONE = "nothing runs here, and nothing could"
+
+
+class SecondaryRole:
+    """
+    One guest that stands by here.
+
+    @ivar mode: SECONDARY while a checkpoint is held that could go live.
+    @ivar standby: the L{colotx.interfaces.ISecondaryGuest}.
+    """
+
+    log = Logger()
+    role: Role = "secondary"
+
+    def __init__(
+        self, around: Surroundings, promoted: Callable[[Any, AddressTable, Grant], Deferred[None]]
+    ) -> None:
+        """
+        @param promoted: takes over: gets the L{colotx.interfaces.IPrimaryGuest} to launch, its addresses and the
+            grant; its Deferred fires when the guest serves.
+        """
+        self._around = around
+        self._promoted = promoted
+        self.standby = around.factory.createStandby()
+        self.replication = NoReplication()
+        self.addresses = AddressTable()
+        self.failover = FailoverService(self, self._exited)
+        self.mode = ColoMode.NONE
+        self._superseded = False
+        self._process: SecondaryProcess | None = None
+        self._session: Any = None
+        self._protection: Deferred[None] = succeed(None)
+        self._grace: Any = None
+        self._primaryInstance = ""
+
+    @property
+    def loading(self) -> bool:
+        """A checkpoint is being settled."""
+        return self._process is not None and self._process.loading
+
+    # -- beginning and end
+
+    async def start(self) -> None:
+        """Stand by."""
+        self._around.store.save(replace(self._around.store.current, role="secondary"))
+        self._set(Protection.UNPROTECTED, "no primary has connected yet", ALONE)
+
+    async def stop(self) -> None:
+        """Release everything; the primary notices that its secondary is gone."""
+        self._cancelGrace()
+        session, self._session = self._session, None
+        if session is not None:
+            session.control.send(
+                {"type": ControlMessage.STANDBY_GONE, "reason": "the secondary's daemon stops"}
+            )
+            session.close("the secondary's daemon stops")
+            session.colo.fail(PeerLost("this daemon stops"))
+        await self._protection
+        await self.standby.close()
+
+    async def release(self) -> None:
+        """The guest goes on in another role: what is left here is not needed."""
+        await self.standby.close()
+
+    @property
+    def runState(self) -> RunState:
+        """No guest runs here."""
+        return RunState.INMIGRATE if self.standby.checkpoint else RunState.SHUTDOWN
+
+    def describe(self) -> dict[str, object]:
+        """For C{query-colotx-stats}."""
+        return {"held-checkpoint": self.standby.checkpoint, "superseded": self._superseded}
+
+    # -- the link
+
+    def judge(self, hello: Hello) -> str | None:
+        """@return: why the peer's hello is refused, or None."""
+        epoch = self._around.store.current.epoch
+        if hello.role != "primary":
+            return "two secondaries: start one of the daemons with --role=primary"
+        if hello.epoch < epoch:
+            return f"stale epoch: the peer is in epoch {hello.epoch}, this host knows of epoch {epoch}"
+        if hello.secondary != self.standby.kind:
+            return f"the peer wants an {hello.secondary} secondary, this one is {self.standby.kind}"
+        return None
+
+    def sessionEstablished(self, session: Any) -> None:
+        """A primary is there."""
+        self._cancelGrace()
+        if self.failover.state.requested:
+            session.close("a failover is under way")
+            return
+        self._session = session
+        session.control.onMessage = self._fromPeer
+        self._around.store.save(
+            replace(self._around.store.current, epoch=session.peer.epoch, role="secondary")
+        )
+        # From now on the primary serves ungated until the next initial transfer is whole.
+        self._superseded = self.standby.checkpoint > 0
+        self.failover = FailoverService(self, self._exited)
+        self._set(Protection.RESYNCING, f"receiving from {session.peer.instance}", ALONE)
+        self._protection = ensureDeferred(self._protect(session))
+        self._protection.addErrback(self._bug)
+
+    def _fromPeer(self, message: dict[str, Any]) -> None:
+        kind, reason = message.get("type"), str(message.get("reason"))[:200]
+        if kind == ControlMessage.ADDRESSES:
+            self.addresses = AddressTable.decode(message.get("sightings"))
+        elif kind == ControlMessage.RESYNC:
+            self._fail(PeerResync(f"the primary wants a new session: {reason}"))
+        elif kind == ControlMessage.GUEST_LOST:
+            self._takeOver(FailoverCause(f"the primary's guest is dead: {reason}", forced=True))
+        elif kind == ControlMessage.TAKEN_OVER:
+            self._superseded = True
+
+    # -- protection
+
+    async def _protect(self, session: Any) -> None:
+        self._process = process = SecondaryProcess(
+            self._around.reactor,
+            self.standby,
+            self.replication,
+            self.failover,
+            onCommitted=self._committed,
+        )
+        try:
+            await process.run(session.colo)
+        except ColoError as error:
+            self.log.info("protection ended: {error}", error=error)
+            if session is self._session:
+                self._session = None
+                lost = session.error is not None
+                if not lost:
+                    session.control.send({"type": ControlMessage.RESYNC, "reason": str(error)})
+                session.close(str(error))
+                if not self.failover.state.requested and not isinstance(error, FailoverRequested):
+                    self._ended(session.error if lost else error, died=lost)
+
+    def _committed(self, number: int) -> None:
+        self._superseded = False
+        self.mode = ColoMode.SECONDARY
+        self._set(
+            Protection.PROTECTED,
+            "a checkpoint of the primary is held",
+            "the guest goes on here from the last checkpoint"
+            if self._around.settings.onLostPeer == "failover"
+            else "nothing happens until `colo failover` is said here",
+        )
+
+    def _ended(self, error: ColoError, died: bool) -> None:
+        if self.mode is not ColoMode.SECONDARY or self._superseded:
+            self._set(
+                Protection.UNPROTECTED, f"the primary was lost before a checkpoint was whole: {error}", ALONE
+            )
+            return
+        self._set(
+            Protection.DEGRADED,
+            f"holding the last checkpoint: {error}",
+            "`colo failover` makes the guest go on here if the other host is certainly off",
+        )
+        if died:
+            self._takeOver(FailoverCause(str(error)))
+        else:
+            self._grace = self._around.reactor.callLater(RESYNC_GRACE, self._graceOver, error)
+
+    def _graceOver(self, error: ColoError) -> None:
+        self._grace = None
+        self._takeOver(FailoverCause(str(error)))
+
+    def _takeOver(self, cause: FailoverCause) -> None:
+        if self.mode is ColoMode.NONE or self.failover.state.requested:
+            return
+        self.failover.request(cause).addErrback(self._held)
+
+    def _held(self, failure: Any) -> None:
+        if failure.check(ColoError) is None:
+            self.log.failure("the failover failed", failure)
+        self.log.warn("{reason}", reason=failure.getErrorMessage())
+        self._around.emit("COLO_EXIT", {"mode": "secondary", "reason": "error"})
+
+    # -- failover
+
+    async def obtainGrant(self, cause: FailoverCause) -> Grant | None:
+        """See L{colotx.failover.IFailoverRole}."""
+        if self._superseded and not cause.operator:
+            self.log.warn(
+                "the checkpoint held here is older than what the primary said since: not going on by itself"
+            )
+            return None
+        return await self._around.obtainGrant(cause)
+
+    async def shutTransport(self, cause: FailoverCause) -> None:
+        """See L{colotx.failover.IFailoverRole}."""
+        self._cancelGrace()
+        session, self._session = self._session, None
+        if session is not None:
+            session.control.send({"type": ControlMessage.TAKEN_OVER, "reason": cause.reason})
+            session.close(f"failover: {cause.reason}")
+            session.colo.fail(FailoverRequested("a failover was requested"))
+        await self._protection
+
+    async def goLive(self, grant: Grant) -> None:
+        """See L{colotx.failover.IFailoverRole}."""
+        await self.replication.stopAll(True)
+        guest = await self.standby.promote()
+        self.mode = ColoMode.NONE
+        await self._promoted(guest, self.addresses, grant)
+
+    def _exited(self, mode: ColoMode, reason: str) -> None:
+        self._around.emit("COLO_EXIT", {"mode": mode.value, "reason": reason})
+
+    def _cancelGrace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+
+    def _set(self, protection: Protection, why: str, consequence: str) -> None:
+        self._around.status.set(protection, why, consequence)
+
+    def _fail(self, error: ColoError) -> None:
+        if self._session is not None:
+            self._session.colo.fail(error)
+
+    def _bug(self, failure: Any) -> None:
+        self.log.failure("the protection ended unexpectedly", failure)
+        if self._session is not None:
+            self._session.close(failure.getErrorMessage())

@@ -1,0 +1,10 @@
+"""Makes the service known to twistd as C{colo}."""
+
+from twisted.application.service import ServiceMaker
+
+colo = ServiceMaker(
+    "colotx",
+    "colotx.tap",
+    "Keep a virtual machine's service running through the death of its host.",
+    "colo",
+)
