@@ -17,8 +17,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -32,10 +32,13 @@ from twisted.python.failure import Failure
 from colotx.errors import ConfigError
 from colotx.lab.running import CommandInput, runToEnd
 from colotx.lab.traffic import RECORD_SIZE, EchoChecker, GapMeter, record
+from colotx.settings import keyOf
 
 TICK = 0.01
 """Seconds between two sendings."""
 PROGRESS_INTERVAL = 0.5
+VERDICT_LIMIT = 10.0
+"""Seconds the guest's memory check may take to answer."""
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -50,6 +53,7 @@ class TrafficSettings:
     @ivar connectTimeout: seconds the service may take to appear.
     @ivar drainTimeout: seconds the last echoes may take.
     @ivar seed: makes the bytes of two runs differ.
+    @ivar verdictPort: the port that tells the verdict of the guest's memory check; 0: do not ask.
     """
 
     host: str
@@ -60,6 +64,12 @@ class TrafficSettings:
     connectTimeout: float = 60.0
     drainTimeout: float = 30.0
     seed: int = 0
+    verdictPort: int = 0
+
+    def arguments(self) -> list[str]:
+        """@return: the command line that says the same."""
+        options = {keyOf(f.name): getattr(self, f.name) for f in fields(self)}
+        return [options.pop("host"), *(f"--{name}={value}" for name, value in options.items())]
 
 
 class EchoConnection(Protocol):
@@ -143,6 +153,24 @@ class EchoConnection(Protocol):
         }
 
 
+class VerdictReader(Protocol):
+    """
+    Reads all that the guest's memory check says: C{<round> ok} or C{<round> CORRUPT}.
+
+    @ivar told: fires with it when the connection ends.
+    """
+
+    def __init__(self) -> None:
+        self._text = b""
+        self.told: Deferred[str] = Deferred()
+
+    def dataReceived(self, data: bytes) -> None:
+        self._text = (self._text + data)[:100]
+
+    def connectionLost(self, reason: Failure | None = None) -> None:
+        self.told.callback(self._text.decode(errors="replace").strip())
+
+
 class TrafficClient:
     """
     All connections of one run.
@@ -162,6 +190,7 @@ class TrafficClient:
         self._connections: list[EchoConnection] = []
         self._stop: Deferred[None] = Deferred()
         self._drained: Deferred[None] | None = None
+        self._verdicts: list[str] = []
         self._gaps = GapMeter(now())
         self._started = self._nextProgress = now()
 
@@ -174,26 +203,36 @@ class TrafficClient:
         settings = self._settings
         deadline = self.now() + settings.connectTimeout
         for index in range(settings.connections):
-            self._connections.append(await self._connectOne(index, deadline))
+            connection = EchoConnection((settings.seed << 8 | index) & 0xFFFFFFFF, settings, self)
+            await self._open(settings.port, connection, deadline)
+            self._connections.append(connection)
+        self._verdicts.append(await self._askVerdict())
         self._started = self._nextProgress = self.now()
         self._gaps = GapMeter(self._started)
         self._emit({"event": "connected", "connections": settings.connections})
 
-    async def _connectOne(self, index: int, deadline: float) -> EchoConnection:
-        settings = self._settings
-        endpoint = TCP4ClientEndpoint(self._reactor, settings.host, settings.port, timeout=2)
+    async def _open(self, port: int, protocol: Protocol, deadline: float) -> None:
+        host = self._settings.host
+        endpoint = TCP4ClientEndpoint(self._reactor, host, port, timeout=2)
         while True:
-            connection = EchoConnection((settings.seed << 8 | index) & 0xFFFFFFFF, settings, self)
             try:
-                await connectProtocol(endpoint, connection)  # type: ignore[no-untyped-call]
-                return connection
+                await connectProtocol(endpoint, protocol)
+                return
             except ConnectError as error:
                 if self.now() >= deadline:
-                    where = f"{settings.host} port {settings.port}"
-                    raise ConfigError(
-                        f"no echo service at {where} after {settings.connectTimeout:.0f} s: {error}"
-                    ) from None
+                    raise ConfigError(f"nothing answers at {host} port {port} in time: {error}") from None
             await deferLater(self._reactor, 0.1)
+
+    async def _askVerdict(self) -> str:
+        if not self._settings.verdictPort:
+            return ""
+        reader = VerdictReader()
+        try:
+            await self._open(self._settings.verdictPort, reader, self.now() + VERDICT_LIMIT)
+        except ConfigError as error:
+            return str(error)
+        reader.told.addTimeout(VERDICT_LIMIT, self._reactor, lambda *_: "no answer in time")
+        return await reader.told
 
     async def run(self) -> dict[str, Any]:
         """
@@ -212,7 +251,9 @@ class TrafficClient:
             self._drained = Deferred()
             self._drained.addTimeout(self._settings.drainTimeout, self._reactor, lambda *_: None)
             await self._drained
-        return self._report()
+        report = self._report()
+        self._verdicts.append(await self._askVerdict())
+        return {**report, "memory_check": self._verdicts}
 
     def drain(self) -> None:
         """Stop sending. Harmless when it was said before."""
@@ -268,32 +309,50 @@ class TrafficClient:
         }
 
 
-def isClean(report: dict[str, Any]) -> bool:
-    """@return: whether a report tells of not one byte lost, doubled, changed or reordered, and no connection lost."""
-    return not any(report[name] for name in ("lost", "doubled", "corrupted", "reordered", "resets"))
+FAULTS = ("lost", "doubled", "corrupted", "reordered", "resets")
+"""What a report counts and should not find: bytes, and connections that did not live."""
+
+
+def isMemoryIntact(before: str, after: str) -> bool:
+    """
+    Compare the words of the guest's memory check at the start and at the end.
+
+    @return: whether its memory is whole and it never fell behind a round it had told of.
+    """
+    match before.split(), after.split():
+        case [], []:
+            return True
+        case [first, "ok"], [last, "ok"]:
+            return int(first) <= int(last)
+    return False
+
+
+def isClean(report: Mapping[str, Any]) -> bool:
+    """@return: whether a report finds nothing wrong at all."""
+    return isMemoryIntact(*report["memory_check"]) and not any(report[name] for name in FAULTS)
 
 
 def _arguments(argv: Sequence[str]) -> TrafficSettings:
-    defaults = TrafficSettings(host="")
     parser = argparse.ArgumentParser(
         prog="python -m colotx.lab.client",
         description="Talk to an echo service over many connections and check every byte that comes back.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("host", help="address of the service")
-    parser.add_argument("--port", type=int, default=defaults.port, help="TCP port of the service")
-    parser.add_argument("--connections", type=int, default=defaults.connections, help="how many at once")
-    parser.add_argument("--rate", type=int, default=defaults.rate, help="bytes a second of each connection")
-    parser.add_argument("--window", type=int, default=defaults.window, help="bytes under way of each at most")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="makes the bytes of two runs differ")
-    for name, text in (
-        ("connect-timeout", "seconds the service may take to appear"),
-        ("drain-timeout", "seconds the last echoes may take"),
-    ):
-        attribute = name.split("-")[0] + "Timeout"
-        parser.add_argument(
-            f"--{name}", type=float, dest=attribute, default=getattr(defaults, attribute), help=text
-        )
+    helps = {
+        "port": "TCP port of the service",
+        "connections": "how many at once",
+        "rate": "bytes a second of each connection",
+        "window": "bytes under way of each at most",
+        "connectTimeout": "seconds the service may take to appear",
+        "drainTimeout": "seconds the last echoes may take",
+        "seed": "makes the bytes of two runs differ",
+        "verdictPort": "TCP port of the guest's memory check; 0: do not ask",
+    }
+    defaults = TrafficSettings(host="")
+    for name, text in helps.items():
+        default = getattr(defaults, name)
+        parser.add_argument(f"--{keyOf(name)}", dest=name, type=type(default), default=default, help=text)
     return TrafficSettings(**vars(parser.parse_args(argv)))
 
 

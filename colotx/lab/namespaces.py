@@ -114,27 +114,27 @@ class Namespace:
         """
         return ["setsid", "setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.name, *arguments]
 
-    def processes(self) -> dict[int, str]:
-        """@return: all processes inside, by id, with the name of their program."""
+    def processes(self) -> list[int]:
+        """@return: the ids of all processes inside."""
         inode = (_NETNS / self.name).stat().st_ino
-        found: dict[int, str] = {}
+        found: list[int] = []
         for entry in Path("/proc").iterdir():
             # Processes end while we look, and other users' are closed to us: neither is one of ours.
             with contextlib.suppress(OSError):
                 if entry.name.isdigit() and (entry / "ns/net").stat().st_ino == inode:
-                    found[int(entry.name)] = (entry / "comm").read_text().strip()
+                    found.append(int(entry.name))
         return found
 
-    def kill(self, prefix: str = "", signalNumber: int = signal.SIGKILL) -> list[int]:
+    def kill(self, *spare: int) -> list[int]:
         """
-        Signal every process inside whose program's name starts with C{prefix}, all of them at one moment.
+        SIGKILL every process inside but C{spare}, all of them at one moment.
 
         @return: their ids.
         """
-        victims = [pid for pid, program in self.processes().items() if program.startswith(prefix)]
+        victims = [pid for pid in self.processes() if pid not in spare]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signalNumber)
+                os.kill(pid, signal.SIGKILL)
         return victims
 
     def close(self) -> None:
