@@ -145,7 +145,8 @@ class InitialReader(_Reader):
     Reads the initial stream: what a QEMU with C{x-colo} sends before the first checkpoint.
 
     Nothing delimits its device sections, so the end is found by the vmdesc that follows them: C{00 06 length} and
-    JSON that names the first device section, up to the very last byte. (The source is silent until READY.)
+    JSON up to the very last byte (the source is silent until READY). JSON that lists devices must begin with the
+    first device section, so that data of a device is not taken for it.
 
     @ivar complete: an L{InitialComplete}, once the stream is whole.
     """
@@ -301,28 +302,31 @@ class InitialReader(_Reader):
         if len(self._candidates) > self._maxCandidates:
             raise StreamError(f"more than {self._maxCandidates} beginnings of a vmdesc")
         for found, end in self._candidates:
-            if end <= len(devices) and self._describes(found, end):
+            if end > len(devices):
+                continue
+            named = self._firstDescribed(found, end)
+            if named is not None and (named == self._firstDevice() if named else end == len(devices)):
                 if end < len(devices):
                     raise StreamError(f"{len(devices) - end} bytes behind the vmdesc")
                 self._done(found - 5, bytes(devices[found:end]))
                 return
         self._candidates = [known for known in self._candidates if known[1] > len(devices)]
 
-    def _describes(self, start: int, end: int) -> bool:
-        """Whether these bytes are JSON whose first device is the first device section."""
+    def _firstDescribed(self, start: int, end: int) -> list[object] | None:
+        """Name and instance of the first device in these bytes; nothing if it lists none, None if no vmdesc."""
         try:
-            described = [
-                (str(device["name"]), int(device["instance_id"]))
-                for device in json.loads(self._devices[start:end])["devices"][:1]
-            ]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            return False
+            devices = json.loads(self._devices[start:end]).get("devices", [])
+            return [value for device in devices[:1] for value in (device["name"], device["instance_id"])]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+
+    def _firstDevice(self) -> list[object]:
+        """Name and instance of the first device section."""
         if self._devices[0] == VM_EOF:
-            return not described
+            return []
         size = self._devices[5]
         name = self._devices[6 : 6 + size].decode(errors="replace")
-        (instance,) = _be32.unpack_from(self._devices, 6 + size)
-        return described == [(name, instance)]
+        return [name, *_be32.unpack_from(self._devices, 6 + size)]
 
     def _done(self, size: int, vmdesc: bytes) -> None:
         blob = bytes(memoryview(self._devices)[:size])
