@@ -54,7 +54,7 @@ class ColoService(MultiService):
         @param quit: ends the process with an exit code.
         @raise ColoError: something in the settings cannot work on this machine.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         stateDir = settings.stateDir or defaultStateDir(settings.vm)
         self._settings = settings
         self._reactor = reactor
@@ -79,7 +79,7 @@ class ColoService(MultiService):
             emit=self._emit,
         )
         self._control = ControlService(reactor, settings.control or defaultControlPath(settings.vm), self)
-        self._control.setServiceParent(self)
+        self._control.setServiceParent(self)  # type: ignore[no-untyped-call]
         self._dialer: LinkDialer | None = None
         self._listener: LinkListener | None = None
         self.role: PrimaryRole | SecondaryRole
@@ -92,7 +92,7 @@ class ColoService(MultiService):
 
     def startService(self) -> None:
         """Start; a failure ends the process with exit code 1 and one line that says why."""
-        super().startService()
+        super().startService()  # type: ignore[no-untyped-call]
         ensureDeferred(self._start()).addErrback(self._startFailed)
 
     async def _start(self) -> None:

@@ -24,7 +24,7 @@ def createFactory(settings: Settings, reactor: Any, stateDir: str) -> Any:
             reactor,
             MemorySettings(
                 ramBytes=settings.memorySize,
-                address=settings.memoryAddress,
+                address=settings.memoryAddress.partition("/")[0],
                 mac=settings.mac,
                 dirtyPages=settings.memoryDirty,
             ),
