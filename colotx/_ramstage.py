@@ -26,7 +26,7 @@ class Batch:
     """
     Up to L{BATCH} page records in the order of the stream.
 
-    @ivar data: the buffer of page copies; None once it is on disk, or let go.
+    @ivar data: the buffer of page copies; None before the first, once it is on disk, and when let go.
     @ivar count: how many records there are.
     @ivar stored: how many of them have a row in C{data}.
     @ivar slot: its place in the spill file, or -1.
@@ -34,7 +34,7 @@ class Batch:
     @ivar rows: of each record, its row in C{data}, or C{~fill}.
     """
 
-    data: Bytes | None
+    data: Bytes | None = None
     count: int = 0
     stored: int = 0
     slot: int = -1
@@ -93,7 +93,7 @@ class StagingArea:
 
     def __init__(self, memory: int, directory: str) -> None:
         """
-        @param memory: bytes of page copies to hold; one batch a checkpoint is always in memory.
+        @param memory: bytes of page copies to hold; the last batch of a checkpoint may come on top.
         @param directory: where to spill the rest.
         """
         self.resident = 0
@@ -101,6 +101,11 @@ class StagingArea:
         self._spill = SpillFile(directory, BATCH_BYTES)
         self._idle: list[Bytes] = []
         self._keep = 1
+
+    @property
+    def residentBytes(self) -> int:
+        """Bytes of buffers in memory that hold something."""
+        return self.resident * BATCH_BYTES
 
     @property
     def spilledBytes(self) -> int:
@@ -126,7 +131,8 @@ class StagingArea:
             if data is None:
                 batch.rows[start : start + count] = ~fill
             else:
-                assert batch.data is not None
+                if batch.data is None:
+                    batch.data = self._buffer()
                 stored = batch.stored
                 batch.data[stored : stored + count] = data[done : done + count]
                 batch.rows[start : start + count] = np.arange(stored, stored + count)
@@ -143,7 +149,8 @@ class StagingArea:
         if batch.data is not None:
             return batch.data
         data = np.empty((batch.stored, PAGE_SIZE), np.uint8)
-        self._spill.load(batch.slot, data.data.cast("B"))
+        if batch.stored:
+            self._spill.load(batch.slot, data.data.cast("B"))
         return data
 
     def page(self, batch: Batch, record: int) -> bytes:
@@ -181,14 +188,16 @@ class StagingArea:
             return batches[-1]
         if batches and self.resident >= self._limit:
             last = batches[-1]
-            assert last.data is not None
-            last.slot = self._spill.store(last.data[: last.stored].data.cast("B"))
-            self._retire(last.data)
-            last.data = None
-        buffer = self._idle.pop() if self._idle else np.empty((BATCH, PAGE_SIZE), np.uint8)
-        self.resident += 1
-        batches.append(Batch(buffer))
+            if last.data is not None:
+                last.slot = self._spill.store(last.data[: last.stored].data.cast("B"))
+                self._retire(last.data)
+                last.data = None
+        batches.append(Batch())
         return batches[-1]
+
+    def _buffer(self) -> Bytes:
+        self.resident += 1
+        return self._idle.pop() if self._idle else np.empty((BATCH, PAGE_SIZE), np.uint8)
 
     def _retire(self, buffer: Bytes) -> None:
         # A fresh buffer costs many times more than the copy into it (page faults).

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colotx._ramimage import Bytes, RamImage
-from colotx._ramstage import BATCH, BATCH_BYTES, Batch, StagedCheckpoint, StagingArea
+from colotx._ramstage import BATCH, Batch, StagedCheckpoint, StagingArea
 from colotx.errors import StorageError, StreamError
 from colotx.vmstate import PAGE_SIZE, Blocks, Pages, RamBlock, RamEvent, Xbzrle, Zeros, applyXbzrle
 
@@ -115,7 +115,7 @@ class RamCache:
         return CacheStatistics(
             ramBytes=self._pageCount * PAGE_SIZE,
             imageBytes=sum(image.bytes for image in self._images.values()),
-            stagedBytes=self._area.resident * BATCH_BYTES,
+            stagedBytes=self._area.residentBytes,
             spilledBytes=self._area.spilledBytes,
             generation=self.generation,
             dirtyPages=self.dirtyPages,
