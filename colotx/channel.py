@@ -120,11 +120,9 @@ def serverTLS(
     credentials: Credentials, factory: IProtocolFactory, clock: IReactorTime
 ) -> TLSMemoryBIOFactory:
     """A factory for the listening side: TLS 1.3, a client certificate of our authority is required."""
-    options = CertificateOptions(
-        acceptableProtocols=[kind.value for kind in ChannelKind],
-        trustRoot=_trust(credentials),
-        **_identity(credentials),
-    )
+    options = CertificateOptions(trustRoot=_trust(credentials), **_identity(credentials))
+    # Not Twisted's acceptableProtocols: without an overlap that ends in "internal error" on both sides.
+    options.getContext().set_alpn_select_callback(_selectChannel)
     return _tls(options, False, factory, clock)
 
 
@@ -143,6 +141,10 @@ def clientTLS(
         extraCertificateOptions=_identity(credentials),
     )
     return _tls(options, True, factory, clock)
+
+
+def _selectChannel(_: SSL.Connection, offered: list[bytes]) -> Any:
+    return next((kind.value for kind in ChannelKind if kind.value in offered), SSL.NO_OVERLAPPING_PROTOCOLS)
 
 
 def _trust(credentials: Credentials) -> Any:

@@ -94,14 +94,15 @@ class LinkSettings:
 
 
 class _Candidate:
-    """A session being made: who it is for, and the channels it has so far."""
+    """A session being made by the listener: who it is for, and the channels it has so far."""
 
     def __init__(self, peer: Hello, control: Channel) -> None:
         self.peer = peer
-        self.control = control
         self.channels: dict[ChannelKind, Channel] = {}
         self.missing = set(_dataChannels(peer))
-        self.complete: Deferred[None] = Deferred()
+        self._control = control
+        self._error: ColoError | None = None
+        self._waiter: Deferred[None] | None = None
         control.onLost = self.end
 
     def bind(self, kind: ChannelKind, channel: Channel) -> None:
@@ -109,15 +110,31 @@ class _Candidate:
         self.missing.remove(kind)
         self.channels[kind] = channel
         channel.onLost = self.end
-        if not self.missing:
-            self.complete.callback(None)
+        self._wake()
 
     def end(self, error: ColoError) -> None:
         """It will not be: whichever channel was lost, the others go too. Harmless when repeated."""
-        for channel in (self.control, *self.channels.values()):
+        self._error = self._error or error
+        for channel in (self._control, *self.channels.values()):
             channel.end(error)
-        if not self.complete.called:
-            self.complete.errback(error)
+        self._wake()
+
+    async def whenComplete(self) -> None:
+        """
+        Wait until no channel is missing; the channels' deadlines bound it.
+
+        @raise ColoError: it was ended.
+        """
+        while self.missing and self._error is None:
+            self._waiter = Deferred()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+
+    def _wake(self) -> None:
+        if self._waiter is not None:
+            waiter, self._waiter = self._waiter, None
+            waiter.callback(None)
 
 
 class _Preface(Protocol):
@@ -262,7 +279,7 @@ class LinkListener:
         try:
             control.send({"type": "accepted"})
             await control.receiveType("accepted")
-            await candidate.complete
+            await candidate.whenComplete()
         except BaseException:
             candidate.end(PeerLost("the session did not come about"))
             raise
@@ -375,9 +392,9 @@ class LinkDialer:
         except ColoError as e:
             self._failed(e)
             return min(max(settings.retryFirst, lastWait * 2), settings.retryMost)
-        except CancelledError:
-            raise
         except Exception:
+            if self._stopping:
+                return 0.0
             self._log.failure("dialing {host}:{port}", host=self._host, port=self._port)
             return settings.retryMost
         self.failure = None
