@@ -8,6 +8,7 @@ L{Machine.tick}, and guest time is the number of ticks.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,6 +37,18 @@ _BOOT = struct.Struct(">8sQQ")
 _MAGIC = b"colotxRM"
 _CPU = struct.Struct(">QQII")
 _NIC = struct.Struct(">6s4s")
+
+DESCRIPTION = json.dumps(
+    {
+        "page_size": PAGE_SIZE,
+        "devices": [
+            {"name": name, "instance_id": 0, "vmsd_name": name, "version": 1}
+            for name in ("memory/cpu", "memory/nic")
+        ],
+    },
+    separators=(",", ":"),
+).encode()
+"""The JSON that ends the initial stream: the sections of L{Machine.deviceState}."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

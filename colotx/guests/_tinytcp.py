@@ -285,8 +285,7 @@ class TcpEcho:
 
     def _transmit(self, c: _Connection, now: int, mustAnswer: bool) -> None:
         """Send what the peer's window and ours allow, at least an ACK if there must be an answer."""
-        before = c.edge
-        self._moveEdge(c)
+        mustAnswer |= self._moveEdge(c)
         answered = False
         limit = min(c.window, c.congestion)
         while c.state != SYN_RECEIVED:
@@ -302,7 +301,7 @@ class TcpEcho:
             else:
                 break
             answered = True
-        if not answered and (mustAnswer or c.edge != before):
+        if not answered and mustAnswer:
             self._sendAck(c)
         if not c.length and c.state == ESTABLISHED:
             c.deadline = 0
@@ -329,11 +328,19 @@ class TcpEcho:
             self._transmit(c, now, mustAnswer=False)
         return True
 
-    def _moveEdge(self, c: _Connection) -> None:
-        """Open our window only in steps that are worth a segment (RFC 9293, 3.8.6.2.2), and never close it."""
+    def _moveEdge(self, c: _Connection) -> bool:
+        """
+        Open our window, only in steps that are worth a segment (RFC 9293, 3.8.6.2.2); never close it.
+
+        @return: whether the peer should be told even if there is nothing else to say.
+        """
         edge = (c.received + RING - c.length) % _MOD
-        if distance(c.edge, edge) >= min(c.mss, RING // 2):
-            c.edge = edge
+        if distance(c.edge, edge) < min(c.mss, RING // 2):
+            return False
+        # With half a window left it will hear of the rest when it sends.
+        short = distance(c.received, c.edge) < RING // 2
+        c.edge = edge
+        return short
 
     def _ringOf(self, c: _Connection) -> int:
         slot, _ = self._open[c.peer, c.peerPort]

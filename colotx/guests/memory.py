@@ -24,7 +24,7 @@ from zope.interface import implementer
 
 from colotx._portbase import BasePort
 from colotx.errors import ConfigError, GuestError
-from colotx.guests._machine import Machine, MemorySettings
+from colotx.guests._machine import DESCRIPTION, Machine, MemorySettings
 from colotx.guests._nic import MTU
 from colotx.guests.passive import PassiveSecondary
 from colotx.interfaces import (
@@ -271,7 +271,7 @@ class MemoryPrimaryGuest:
                 break
         await self.stop()
         await self._live(sink, last=self.machine.deviceState())
-        await sink.write(writer.vmdesc(b'{"page_size":4096,"devices":[]}'))
+        await sink.write(writer.vmdesc(DESCRIPTION))
 
     async def _live(self, sink: Sink, last: bytes | None = None) -> None:
         """@param last: what follows the RAM: the device state with its EOF, or just an EOF."""
