@@ -44,6 +44,7 @@ class FakeNode:
         self.replicationError: StorageError | None = None
         self.failoverError: FailoverError | None = None
         self.checkpoint: Deferred[None] | None = None
+        self.failover: Deferred[None] | None = None
         self.described: dict[str, object] = {
             "vm": "guest0",
             "role": "primary",
@@ -76,10 +77,11 @@ class FakeNode:
         self.calls.append(("checkpoint",))
         return self.checkpoint
 
-    def lostHeartbeat(self) -> None:
+    def lostHeartbeat(self) -> object:
         if self.failoverError is not None:
             raise self.failoverError
         self.calls.append(("failover",))
+        return self.failover
 
     def startReplication(self, mode: ColoMode) -> None:
         self.calls.append(("start", mode))

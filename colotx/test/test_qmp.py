@@ -21,7 +21,7 @@ from colotx.qmp import QmpClient, QmpCodec, connectQmp, encodeQmp
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}
 
 
-def shortDirectory(case: TestCase) -> str:
+def shortDirectory(case: SynchronousTestCase) -> str:
     """A directory whose path leaves room for a unix socket's name (108 bytes in all)."""
     directory = tempfile.mkdtemp(prefix="colotx-")
     case.addCleanup(shutil.rmtree, directory)
