@@ -175,6 +175,7 @@ def issue(
     caCertificate = _loadCertificate(authority / "ca.pem", f"the authority's certificate; {_INIT}")
     caKey = _loadKey(authority / "ca.key", _INIT)
     _checkLife(authority / "ca.pem", caCertificate, datetime.now(UTC), _INIT)
+    alternatives = x509.SubjectAlternativeName([_generalName(name) for name in names])
     key = ec.generate_private_key(ec.SECP256R1())
     # X.520 bounds a common name to 64 characters; peers compare the alternative names only.
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
@@ -185,9 +186,7 @@ def issue(
         x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
         critical=False,
     )
-    builder = builder.add_extension(
-        x509.SubjectAlternativeName([_generalName(name) for name in names]), critical=False
-    )
+    builder = builder.add_extension(alternatives, critical=False)
     builder = builder.add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_public_key(caKey.public_key()), critical=False
     )
@@ -282,9 +281,11 @@ def _generalName(name: str) -> x509.GeneralName:
     except ValueError:
         pass
     try:
-        return x509.DNSName(name.encode("idna").decode("ascii"))
+        if name:
+            return x509.DNSName(name.encode("idna").decode("ascii"))
     except UnicodeError:
-        raise CertificateError(f"{name!r} is neither a DNS name nor an IP address") from None
+        pass
+    raise CertificateError(f"{name!r} is neither a DNS name nor an IP address")
 
 
 def _certificatePem(certificate: x509.Certificate) -> bytes:
