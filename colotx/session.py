@@ -317,10 +317,10 @@ class Session:
             return
         self._connection.send({"type": "bye", "reason": reason})
         error = PeerLost(f"this side closed the session: {reason}")
-        self._connection.finish(error)
         self._end(error)
         # The other channels follow when the peer has closed control: closed first, they would hide the reason.
         self._timer = self._clock.callLater(CLOSE_GRACE, self._abort)
+        self._connection.finish(error)
 
     def end(self, error: PeerError) -> None:
         """End the session at once, without a word to the peer. Harmless when it has ended."""
