@@ -13,7 +13,7 @@ for the checkpoint's epoch on the peer's RECEIVED, never earlier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,11 @@ from twisted.logger import Logger
 from colotx.errors import ColoError, UnexpectedMessage
 from colotx.failover import FailoverService
 from colotx.interfaces import ColoMode
-from colotx.protocol import ColoConnection, ColoMessage, encodeMessage
+from colotx.protocol import ColoConnection, ColoMessage, WholeStream, encodeMessage
 from colotx.spool import Spool
 from colotx.statistics import CheckpointRecord, CheckpointStatistics
 from colotx.trigger import CheckpointTrigger
-from colotx.vmstate import CheckpointReader, InitialReader, RamEvent, RamReader
+from colotx.vmstate import CheckpointReader, InitialReader, RamReader
 
 Guest = Any
 """An implementation of L{colotx.interfaces.IPrimaryGuest} or L{colotx.interfaces.ISecondaryGuest}."""
@@ -57,21 +57,25 @@ class FailoverRequested(ColoError):
 
 
 class _Transcript:
-    """Trace events of one side: messages, phases and run-state changes."""
+    """Trace events of one side: messages, phases and run-state changes. Silent unless switched on."""
 
-    log = Logger(namespace="colotx.checkpoint")
+    log = Logger(namespace="colotx.trace")
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, enabled: bool) -> None:
         self._role = role
+        self._enabled = enabled
 
     def sent(self, message: ColoMessage) -> None:
-        self.log.debug("{role}: sent {message.name}", role=self._role, message=message)
+        if self._enabled:
+            self.log.debug("{role}: sent {message.name}", role=self._role, message=message)
 
     def received(self, message: ColoMessage) -> None:
-        self.log.debug("{role}: received {message.name}", role=self._role, message=message)
+        if self._enabled:
+            self.log.debug("{role}: received {message.name}", role=self._role, message=message)
 
     def phase(self, phase: str, **values: object) -> None:
-        self.log.debug("{role}: {phase} {values}", role=self._role, phase=phase, values=values)
+        if self._enabled:
+            self.log.debug("{role}: {phase} {values}", role=self._role, phase=phase, values=values)
 
 
 class _Counted:
@@ -121,6 +125,7 @@ class PrimaryProcess:
         statistics: CheckpointStatistics,
         makeSpool: Callable[[], Spool] | None,
         timeouts: Timeouts = Timeouts(),
+        trace: bool = False,
         onExposed: Callable[[], None] = lambda: None,
         onCommitted: Callable[[CheckpointRecord], None] = lambda record: None,
     ) -> None:
@@ -130,6 +135,7 @@ class PrimaryProcess:
         @param replication: an L{colotx.interfaces.IReplication}.
         @param makeSpool: makes the spool of a pipelined checkpoint; None: not pipelined, the guest is answered
             only when the peer has loaded (active secondary).
+        @param trace: log every message and phase.
         @param onExposed: called once, when the initial transfer is out: from then on the peer may hold a checkpoint.
             When it raises, the protection ends before the peer could.
         @param onCommitted: called after each checkpoint the peer holds, the initial one (number 0) included.
@@ -143,7 +149,7 @@ class PrimaryProcess:
         self._timeouts = timeouts
         self._onExposed = onExposed
         self._onCommitted = onCommitted
-        self._trace = _Transcript("primary")
+        self._trace = _Transcript("primary", trace)
         self.trigger = trigger
         self.statistics = statistics
 
@@ -335,20 +341,6 @@ class PrimaryProcess:
             raise FailoverRequested("a failover was requested")
 
 
-class _Whole:
-    """Lets L{InitialReader}, which owns all bytes up to its end, be read like a self-delimiting stream."""
-
-    def __init__(self, reader: InitialReader) -> None:
-        self._reader = reader
-
-    @property
-    def complete(self) -> bool:
-        return self._reader.complete is not None
-
-    def feed(self, data: bytes | memoryview) -> tuple[Sequence[RamEvent], int]:
-        return self._reader.feed(data), len(data)
-
-
 class SecondaryProcess:
     """
     The secondary's checkpoint process: one protection, from the initial stream until it ends.
@@ -363,10 +355,12 @@ class SecondaryProcess:
         replication: Any,
         failover: FailoverService,
         timeouts: Timeouts = Timeouts(),
+        trace: bool = False,
         onCommitted: Callable[[int], None] = lambda number: None,
     ) -> None:
         """
         @param guest: an L{colotx.interfaces.ISecondaryGuest}.
+        @param trace: log every message.
         @param onCommitted: called with the count of checkpoints held after each commit.
         """
         self._clock = clock
@@ -375,7 +369,7 @@ class SecondaryProcess:
         self._failover = failover
         self._timeouts = timeouts
         self._onCommitted = onCommitted
-        self._trace = _Transcript("secondary")
+        self._trace = _Transcript("secondary", trace)
         self.loading = False
 
     async def run(self, wire: ColoConnection) -> None:
@@ -396,7 +390,7 @@ class SecondaryProcess:
 
     async def _initial(self, wire: ColoConnection, ram: RamReader) -> None:
         reader = InitialReader(ram)
-        await wire.receiveStream(_Whole(reader), self._guest.stageInitial, self._timeouts.progress)
+        await wire.receiveStream(WholeStream(reader), self._guest.stageInitial, self._timeouts.progress)
         self._checkFailover()
         initial = reader.complete
         assert initial is not None

@@ -60,7 +60,7 @@ class FailoverState:
         if self._status is not old:
             return False
         self._status = new
-        self.log.debug("failover state {old.value} -> {new.value}", old=old, new=new)
+        self.log.info("failover state {old.value} -> {new.value}", old=old, new=new)
         return True
 
 

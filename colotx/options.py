@@ -15,6 +15,8 @@ _D = Settings()
 
 def _row(field: str, help: str) -> list[Any]:
     default = getattr(_D, field)
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
     shown = "" if default in ("", None, ()) else f" [default: {default}]"
     return [keyOf(field), None, None, help + shown]
 
@@ -68,6 +70,11 @@ Ask a running daemon with `colo status`."""
             "directory of what must survive a restart [default: /var/lib/colotx/VM, or the user's]",
         ),
         _row("control", "path of the control socket [default: /run/colotx/VM.sock, or the user's]"),
+        _row(
+            "scheduling",
+            "realtime: real-time priority where allowed: a busy host must not look dead; normal",
+        ),
+        _row("trace", "yes: log every message and phase of every checkpoint"),
         _row("spoolMemory", "memory for checkpoints on their way to the peer, bytes; more goes to spill-dir"),
         _row("stagingMemory", "memory for a checkpoint being received, bytes; more goes to spill-dir"),
         _row("spillDir", "directory for what does not fit into memory"),

@@ -239,6 +239,7 @@ class PrimaryRole:
             self.trigger,
             self._around.statistics,
             lambda: Spool(self._pool, settings.spillDir),
+            trace=settings.trace,
             onExposed=self._exposed,
             onCommitted=self._committed,
         )

@@ -33,7 +33,7 @@ from colotx.errors import (
     TruncatedError,
     UnexpectedMessage,
 )
-from colotx.vmstate import RamEvent
+from colotx.vmstate import InitialReader, RamEvent
 
 _T = TypeVar("_T")
 
@@ -68,6 +68,22 @@ class StreamReader(TypingProtocol):
 
     def feed(self, data: bytes | memoryview) -> tuple[Sequence[RamEvent], int]:
         """@return: what was read, and how many bytes of C{data} belong to the stream."""
+
+
+class WholeStream:
+    """Lets an L{InitialReader}, to which every byte up to its end belongs, be read as a L{StreamReader}."""
+
+    def __init__(self, reader: InitialReader) -> None:
+        self._reader = reader
+
+    @property
+    def complete(self) -> bool:
+        """All of the initial stream was read."""
+        return self._reader.complete is not None
+
+    def feed(self, data: bytes | memoryview) -> tuple[Sequence[RamEvent], int]:
+        """As L{StreamReader.feed}."""
+        return self._reader.feed(data), len(data)
 
 
 Consumer = Callable[[bytes | memoryview, Sequence[RamEvent]], Awaitable[None] | None]

@@ -145,6 +145,7 @@ class SecondaryRole:
             self.standby,
             self.replication,
             self.failover,
+            trace=self._around.settings.trace,
             onCommitted=self._committed,
         )
         try:

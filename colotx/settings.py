@@ -21,6 +21,7 @@ ROLES = ("primary", "secondary")
 GUESTS = ("memory", "qemu")
 KINDS = ("passive",)
 ON_LOST_PEER = ("hold", "failover")
+SCHEDULING = ("realtime", "normal")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
@@ -86,6 +87,9 @@ class Settings:
     @ivar onLostPeer: C{hold}: wait for the operator; C{failover}: go on alone.
     @ivar outside: where the guest's frames go: C{tap:NAME[,bridge=BR]}, C{unix:PATH} or C{none}.
     @ivar mac: the guest's MAC address.
+    @ivar scheduling: C{realtime}: with real-time priority where the system allows it, so that a busy host does not look
+        like a dead one; C{normal}.
+    @ivar trace: log every message and phase of every checkpoint.
     @ivar spoolMemory: bytes of memory for checkpoints on their way to the peer; what is beyond goes to disk.
     @ivar stagingMemory: bytes of memory for a checkpoint being received; what is beyond goes to disk.
     @ivar spillDir: directory for what is beyond.
@@ -115,6 +119,8 @@ class Settings:
     onLostPeer: str = "hold"
     outside: str = "none"
     mac: str = "52:54:00:c0:10:01"
+    scheduling: str = "realtime"
+    trace: bool = False
     spoolMemory: int = 64 * 1024 * 1024
     stagingMemory: int = 256 * 1024 * 1024
     spillDir: str = "/var/tmp"
@@ -169,6 +175,12 @@ def _parse(field: str, value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise ConfigError("must be one string, or a list of strings")
         return tuple(value)
+    if isinstance(default, bool):
+        if value in (True, False):
+            return bool(value)
+        if value in ("yes", "no"):
+            return value == "yes"
+        raise ConfigError(f"{value!r} is neither yes nor no")
     if isinstance(default, int):
         try:
             return int(value)
@@ -213,6 +225,7 @@ def _check(settings: Settings) -> None:
     choice("guest", GUESTS)
     choice("secondary", KINDS)
     choice("onLostPeer", ON_LOST_PEER)
+    choice("scheduling", SCHEDULING)
     need(_NAME.fullmatch(settings.vm) is not None, "vm", "use letters, digits, '-', '_' and '.', at most 64")
     need(_MAC.fullmatch(settings.mac) is not None, "mac", f"{settings.mac!r} is no MAC address")
     need(int(settings.mac[:2], 16) & 1 == 0, "mac", f"{settings.mac!r} is a multicast address")

@@ -21,7 +21,7 @@ from twisted.python.failure import Failure
 
 from colotx.errors import ColoError, ConfigError, GuestError, GuestTimeout, PeerError, PeerTimeout
 from colotx.interfaces import Sink
-from colotx.protocol import ColoConnection, ColoMessage, Consumer
+from colotx.protocol import ColoConnection, ColoMessage, Consumer, WholeStream
 from colotx.vmstate import CheckpointReader, InitialReader, RamEvent, RamReader
 
 
@@ -36,20 +36,6 @@ class Phase(enum.Enum):
     DEVICES = "QEMU sends device state"
     HELD = "QEMU waits for RECEIVED and LOADED"
     ENDED = "over"
-
-
-class _Whole:
-    """Lets L{InitialReader}, which owns all bytes up to its end, be read like a self-delimiting stream."""
-
-    def __init__(self, reader: InitialReader) -> None:
-        self._reader = reader
-
-    @property
-    def complete(self) -> bool:
-        return self._reader.complete is not None
-
-    def feed(self, data: bytes | memoryview) -> tuple[Sequence[RamEvent], int]:
-        return self._reader.feed(data), len(data)
 
 
 class _SinkFailed(Exception):
@@ -121,7 +107,7 @@ class ColoExchange:
         await self._factory.connected
         with _asGuestErrors():
             await self._connection.receiveStream(
-                _Whole(InitialReader(self._ram)), _passTo(sink), self._timeout
+                WholeStream(InitialReader(self._ram)), _passTo(sink), self._timeout
             )
         self.phase = Phase.LOADED
 
