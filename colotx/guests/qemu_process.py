@@ -125,6 +125,12 @@ class QemuProcess:
             raise GuestError("QEMU was not started")
         return self._qmp
 
+    @property
+    def pid(self) -> int:
+        """The process id, for whoever watches or breaks it from outside."""
+        assert self._output.transport is not None
+        return int(self._output.transport.pid)
+
     async def start(self, restoring: bool = False, ram: MappedRam | None = None) -> None:
         """
         Start QEMU and connect to its QMP.
