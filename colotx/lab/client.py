@@ -216,7 +216,7 @@ class TrafficClient:
         endpoint = TCP4ClientEndpoint(self._reactor, host, port, timeout=2)
         while True:
             try:
-                await connectProtocol(endpoint, protocol)
+                await connectProtocol(endpoint, protocol)  # type: ignore[no-untyped-call]
                 return
             except ConnectError as error:
                 if self.now() >= deadline:

@@ -30,10 +30,13 @@ from colotx.lab.pair import (
     memoryGuest,
     qemuGuest,
 )
+from colotx.lab.processes import LabError
 from colotx.lab.report import RoundResult, line, summary, table
 from colotx.lab.running import runToEnd
 
-_CHECKPOINTS_BEFORE = 10
+_TRAFFIC_BEFORE = (2.0, 6.0)
+"""Seconds between which the kill comes at random after the client's first byte."""
+_CHECKPOINTS_BEFORE = 5
 _CHECKPOINTS_LIMIT = 60.0
 _AFTER = 3.0
 """Seconds the client goes on after the failover."""
@@ -108,16 +111,24 @@ class Demo:
             self.say(f"{name}: the client saw a pause of {result.outage_ms} ms; {result.lost} bytes lost")
 
     async def _waitForCheckpoints(self, pair: ProtectedPair, result: RoundResult) -> None:
-        wanted = _CHECKPOINTS_BEFORE + self._random.randrange(40)
+        until = time.monotonic() + self._random.uniform(*_TRAFFIC_BEFORE)
+        first: int | None = None
 
         async def enough() -> bool:
+            nonlocal first
+            if await pair.failedOver():
+                raise LabError(
+                    "the secondary took over before anything was broken (is this machine very busy?)"
+                )
             statistics = await pair.daemons["primary"].query("query-colotx-stats")
+            result.checkpoints = count = int(statistics["checkpoints"])
             downtime = statistics["phases-ms"]["downtime"]
-            result.checkpoints = statistics["checkpoints"]
             result.downtime_p50, result.downtime_p99 = downtime["p50"], downtime["p99"]
-            return bool(statistics["checkpoints"] >= wanted)
+            first = count if first is None else first
+            return time.monotonic() >= until and count >= first + _CHECKPOINTS_BEFORE
 
-        await pair.until(f"there were no {wanted} checkpoints", _CHECKPOINTS_LIMIT, enough)
+        limit = _CHECKPOINTS_LIMIT + _CHECKPOINTS_BEFORE * self._settings.checkpointDelay / 1000
+        await pair.until(f"there were no {_CHECKPOINTS_BEFORE} checkpoints", limit, enough)
 
 
 def _chooseGuest(wanted: str | None, kill: str, qemu: str) -> GuestChoice:

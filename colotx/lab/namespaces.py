@@ -125,24 +125,15 @@ class Namespace:
                     found.append(int(entry.name))
         return found
 
-    def kill(self, *spare: int) -> list[int]:
-        """
-        SIGKILL every process inside but C{spare}, all of them at one moment.
-
-        @return: their ids.
-        """
-        victims = [pid for pid in self.processes() if pid not in spare]
-        for pid in victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return victims
-
     def close(self) -> None:
         """Kill what still runs inside (it has one second to go) and remove the namespace."""
         if not (_NETNS / self.name).exists():
             return
         deadline = time.monotonic() + 1.0
-        while self.kill() and time.monotonic() < deadline:
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
         _run(["ip", "netns", "del", self.name])
 

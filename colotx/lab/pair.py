@@ -79,11 +79,13 @@ def qemuGuest(binary: str = "", patternBytes: int = 4 << 20) -> GuestChoice:
 class PairSettings:
     """
     @ivar checkpointDelay: ms.
+    @ivar heartbeatLimit: ms. A busy machine that emulates two others stalls for longer than two real hosts would.
     @ivar both: further configuration keys of both daemons.
     """
 
     guest: GuestChoice = field(default_factory=memoryGuest)
     checkpointDelay: int = 50
+    heartbeatLimit: int = 1000
     both: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -127,6 +129,7 @@ class ProtectedPair:
             "certificate": str(certificate),
             "key": str(key),
             "checkpoint-delay": self._settings.checkpointDelay,
+            "heartbeat-limit": self._settings.heartbeatLimit,
             # When the link dies both hosts live, and only one may go on: the one that can be told from here.
             "on-lost-peer": "failover" if role == "secondary" else "hold",
             "outside": "tap:colo0,bridge=br0",
@@ -179,18 +182,20 @@ class ProtectedPair:
 
         @return: when, seconds of C{time.monotonic}.
         """
-        host = self.lab.hosts["primary"]
         daemon = self.daemons["primary"].process.pid
+        inside = self.lab.hosts["primary"].processes()
+        victims = {
+            "host": inside,
+            "qemu": [pid for pid in inside if pid != daemon],
+            "daemon": [daemon],
+            "link": [],
+        }[what]
         now = time.monotonic()
-        match what:
-            case "host":
-                host.kill()
-            case "qemu":
-                host.kill(daemon)
-            case "daemon":
-                os.kill(daemon, signal.SIGKILL)
-            case "link":
-                self.lab.cutLink()
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if what == "link":
+            self.lab.cutLink()
         return now
 
     async def failedOver(self) -> bool:

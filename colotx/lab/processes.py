@@ -60,9 +60,14 @@ class LabProcess(ProcessProtocol):
         self.pid = 0
         self.status = 0
 
-    def start(self, arguments: Sequence[str], directory: Path) -> None:
-        """Run it."""
-        environment = dict(os.environ)
+    def start(self, arguments: Sequence[str], directory: Path, **variables: str) -> None:
+        """
+        Run it.
+
+        @param directory: its working directory.
+        @param variables: added to its environment.
+        """
+        environment = {**os.environ, **variables}
         paths = [_SOURCE, *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         command = self._namespace.command(*arguments)
@@ -148,7 +153,7 @@ class DaemonProcess:
     ) -> None:
         """
         @param directory: made for its configuration and logs; its working directory.
-        @param settings: TOML keys and values; C{control} is among them.
+        @param settings: TOML keys and values; C{control} and C{state-dir}, which exists, are among them.
         """
         self._reactor = reactor
         self.directory = directory
@@ -163,7 +168,9 @@ class DaemonProcess:
         writeToml(self.directory / "config.toml", self.settings)
         # Not the twistd script: it may be elsewhere than this Python's modules.
         twistd = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
-        self.process.start([*twistd, "-n", "--pidfile=", "colo", "--config", "config.toml"], self.directory)
+        command = [*twistd, "-n", "--pidfile=", "colo", "--config", "config.toml"]
+        # What it leaves in its temporary directory when it is killed goes with its state.
+        self.process.start(command, self.directory, TMPDIR=str(self.settings["state-dir"]))
 
     async def query(self, command: str, **arguments: object) -> Any:
         """

@@ -75,7 +75,7 @@ class CommandInput(LineOnlyReceiver):
     def __init__(self, reactor: Any, command: Callable[[list[str]], None]) -> None:
         self._command = command
         self.ended: Deferred[None] = Deferred()
-        StandardIO(self, reactor=reactor)
+        StandardIO(self, reactor=reactor)  # type: ignore[no-untyped-call]
 
     def lineReceived(self, line: bytes) -> None:
         self._command(line.decode(errors="replace").split())

@@ -225,7 +225,7 @@ class Shaper(Factory):
     def buildProtocol(self, address: IAddress | None) -> _End:
         near = _End(Flow(self.forward), self._ends)
         far = _End(Flow(self.backward), self._ends)
-        connecting: Deferred[_End] = connectProtocol(self._target, far)
+        connecting: Deferred[_End] = connectProtocol(self._target, far)  # type: ignore[no-untyped-call]
 
         def connected(far: _End) -> None:
             near.flow.connect(near.transport, far.transport)
