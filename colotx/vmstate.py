@@ -177,8 +177,6 @@ class InitialReader(_Reader):
         @raise StreamError: they break the grammar or a limit; the reader is of no use any more.
         """
         events: list[RamEvent] = []
-        if self.complete is not None and data:
-            raise StreamError(f"{len(data)} bytes behind the end of the initial stream")
         self._read(data, events)
         return events
 
@@ -279,6 +277,8 @@ class InitialReader(_Reader):
         return pos + 5
 
     def _deviceState(self, view: memoryview, pos: int, events: list[RamEvent]) -> int:
+        if self.complete is not None:
+            raise StreamError(f"{len(view) - pos} bytes behind the end of the initial stream")
         seen = len(self._devices)
         limit = self._limits.deviceState + (self._limits.vmdesc if self._vmdesc else 0)
         if seen + len(view) - pos > limit:
@@ -326,7 +326,7 @@ class InitialReader(_Reader):
             return []
         size = self._devices[5]
         name = self._devices[6 : 6 + size].decode(errors="replace")
-        return [name, *_be32.unpack_from(self._devices, 6 + size)]
+        return [name, int.from_bytes(self._devices[6 + size : 10 + size], "big")]
 
     def _done(self, size: int, vmdesc: bytes) -> None:
         blob = bytes(memoryview(self._devices)[:size])
