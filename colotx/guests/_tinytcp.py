@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Protocol
 
 PORT = 7
@@ -102,14 +102,14 @@ class TcpEcho:
         self._base = base
         self._mss = mss
         self._send = send
-        self._free: list[int] = []
+        self._free: set[int] = set()
         self._open: dict[tuple[bytes, int], tuple[int, _Connection]] = {}
-        for slot in reversed(range(slots)):
+        for slot in range(slots):
             connection = _Connection(*_NUMBERS.unpack(memory.read(base + slot * SLOT, _NUMBERS.size)))
             if connection.state:
                 self._open[connection.peer, connection.peerPort] = slot, connection
             else:
-                self._free.append(slot)
+                self._free.add(slot)
 
     def receive(self, mac: bytes, peer: bytes, segment: bytes, now: int) -> None:
         """A segment came from C{peer}, its checksum was right. Answers go out before this returns."""
@@ -135,12 +135,17 @@ class TcpEcho:
 
     def tick(self, now: int) -> None:
         """Guest time went on."""
-        for key, (slot, connection) in list(self._open.items()):
-            if connection.deadline and connection.deadline <= now:
-                if self._timedOut(connection, now):
-                    self._store(slot, connection)
-                else:
-                    self._forget(key)
+        due = [
+            (slot, key, connection)
+            for key, (slot, connection) in self._open.items()
+            if connection.deadline and connection.deadline <= now
+        ]
+        # By slot: the order in which connections were opened is not part of the guest's state.
+        for slot, key, connection in sorted(due, key=itemgetter(0)):
+            if self._timedOut(connection, now):
+                self._store(slot, connection)
+            else:
+                self._forget(key)
 
     # Opening and closing
 
@@ -149,7 +154,7 @@ class TcpEcho:
     ) -> None:
         if not self._free:
             # Clients that vanished must not lock others out for ever; with all slots busy the SYN is sent again.
-            key, (_, idlest) = min(self._open.items(), key=lambda item: item[1][1].heard)
+            key, (_, idlest) = min(self._open.items(), key=lambda item: (item[1][1].heard, item[1][0]))
             if now - idlest.heard < _IDLE:
                 return
             self._forget(key)
@@ -177,7 +182,8 @@ class TcpEcho:
             deadline=now + _RTO,
             heard=now,
         )
-        slot = self._free.pop()
+        slot = min(self._free)
+        self._free.remove(slot)
         self._open[peer, port] = slot, connection
         self._store(slot, connection)
         self._sendSyn(connection)
@@ -195,7 +201,7 @@ class TcpEcho:
 
     def _forget(self, key: tuple[bytes, int]) -> None:
         slot, _ = self._open.pop(key)
-        self._free.append(slot)
+        self._free.add(slot)
         self._memory.write(self._base + slot * SLOT, bytes(_NUMBERS.size))
 
     def _store(self, slot: int, connection: _Connection) -> None:

@@ -315,6 +315,15 @@ class TcpTests(SynchronousTestCase):
                 got += answer.data
         self.assertEqual(got, data)
 
+    def test_ackWhileGoingBack(self):
+        """A bare acknowledgment is never older than what the peer has already seen."""
+        self.connect()
+        for _ in range(4):
+            self.say(b"x" * 1000)
+        self.ticks(200)
+        (answer,) = self.segment("PA", b"x", seq=self.seq - 1)
+        self.assertEqual((answer.data, answer.seq), (b"", self.ack + 4000))
+
     def test_ackAfterGoBack(self):
         """An acknowledgment of more than was sent again counts: the peer had it all."""
         self.connect()
@@ -436,6 +445,37 @@ class TcpTests(SynchronousTestCase):
         self.assertEqual(self.segment("R"), [])
         self.assertTrue(self.segment("A")[0].flags.R)
 
+    def test_closedStaysClosed(self):
+        """A connection that ended is not in the state: a restored machine does not know it either."""
+        self.connect()
+        self.segment("R")
+        self.machine = self.restored()
+        self.assertTrue(self.segment("A")[0].flags.R)
+
+    def test_slotsAndOrder(self):
+        """Which slot is taken, and whose timer goes first, follows from the state alone."""
+        for n in [0, 1, 2]:
+            self.port, self.seq = 2000 + n, 1000
+            self.connect()
+            if n == 0:
+                gone = self.port, self.seq, self.ack
+        self.port, self.seq, self.ack = gone
+        self.segment("R")
+        for machine in (self.machine, self.restored()):
+            self.machine = machine
+            for self.port in [2003, 2004]:
+                self.seq = 1000
+                self.segment("S")
+            ports = [answer.dport for answer in self.ticks(200)]
+            self.assertEqual(ports, [2003, 2004])
+            pages = getattr(self, "pages", machine.memory.pages)
+            self.assertTrue((pages == machine.memory.pages).all())
+            self.pages = pages
+
+    def restored(self):
+        content = self.machine.memory.pages.reshape(-1).copy()
+        return Machine.restore(content, self.machine.deviceState(), self.out.append)
+
     def test_syn(self):
         """A SYN sent again is answered again; one amid the connection is asked back."""
         (one,) = self.segment("S")
@@ -501,8 +541,8 @@ class TcpTests(SynchronousTestCase):
             st.one_of(
                 st.tuples(
                     st.sampled_from(["A", "PA", "PA", "FA", "S", "R", "FPA", "SA", ""]),
-                    st.integers(-2000, 2000),
-                    st.integers(-2000, 2000),
+                    st.sampled_from([0, 0, 0, 1, -1]) | st.integers(-2000, 2000),
+                    st.sampled_from([0, 0, 0, 1, -1]) | st.integers(-2000, 2000),
                     st.integers(0, 1460),
                     st.sampled_from([0, 1, 1000, 65535]),
                 ),
