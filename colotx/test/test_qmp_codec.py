@@ -84,6 +84,9 @@ class CodecTests(SynchronousTestCase):
         self.assertEqual(len(codec.feed(b'{"a": "' + b"x" * 1000)), 1)
         self.assertEqual(codec.feed(b"y" * 1000), [])
         self.assertEqual(codec.feed(b'y"}\n{}'), [{}])
+        codec = QmpCodec(limit=10)
+        self.assertEqual(codec.feed(b'{"a": "xx'), [])
+        self.assertEqual(len(codec.feed(b"x")), 1)
 
     def test_deep(self) -> None:
         """Nesting that would exhaust the JSON parser's stack is refused."""

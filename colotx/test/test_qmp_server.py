@@ -242,6 +242,11 @@ class ServerTests(SynchronousTestCase):
         self.assertEqual((self.calls, self.sent()), ([], []))
         self.transport.drained()
         self.assertEqual([m.get("event", m.get("id")) for m in self.sent()], ["ONE", "TWO", 1])
+        for _ in range(3):
+            self.transport.clogged()
+            self.factory.emit("BIG", {"x": "y" * (_qmp_server.MAX_UNSENT // 2)})
+            self.transport.drained()
+        self.assertEqual(len(self.sent()), 3)
         self.transport.clogged()
         for _ in range(_qmp_server.MAX_UNSENT // 1000):
             self.factory.emit("BIG", {"x": "y" * 800})
@@ -276,6 +281,8 @@ class ServerTests(SynchronousTestCase):
         self.slow[0].callback(None)
         self.assertEqual(len(self.sent()), 2)
         self.assertTrue(self.transport.disconnecting)
+        # A transport with a producer would wait for it before it closes.
+        self.assertIsNone(self.transport.producer)
 
     def test_finish(self) -> None:
         """At the end clients get the answers they wait for; one who never would is cut off."""
