@@ -28,7 +28,7 @@ from colotx.protocol import ColoConnection, ColoMessage, WholeStream, encodeMess
 from colotx.spool import Spool
 from colotx.statistics import CheckpointRecord, CheckpointStatistics
 from colotx.trigger import CheckpointTrigger
-from colotx.vmstate import CheckpointReader, InitialReader, RamReader
+from colotx.vmstate import CheckpointReader, InitialReader, RamReader, checkDeviceState
 
 Guest = Any
 """An implementation of L{colotx.interfaces.IPrimaryGuest} or L{colotx.interfaces.ISecondaryGuest}."""
@@ -418,6 +418,7 @@ class SecondaryProcess:
         size = await wire.receiveSize(self._timeouts.message)
         self._trace.received(ColoMessage.VMSTATE_SIZE)
         blob = await wire.receiveBlob(size, self._timeouts.progress)
+        checkDeviceState(blob)
         self._checkFailover()
         await self._guest.commit(blob)
         self._onCommitted(self._guest.checkpoint)

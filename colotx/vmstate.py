@@ -66,6 +66,7 @@ __all__ = [
     "Xbzrle",
     "Zeros",
     "applyXbzrle",
+    "checkDeviceState",
     "restoreStream",
 ]
 
@@ -374,3 +375,15 @@ class CheckpointReader(_Reader):
                 break
             self._ended = RamEnd() in events[-1:]
         return pos
+
+
+def checkDeviceState(blob: bytes) -> None:
+    """
+    See that a checkpoint's blob is sections from its first to its last byte. What is in them only QEMU can tell.
+
+    @raise StreamError: it does not begin with a FULL section, or does not end with a footer and EOF.
+    """
+    name = blob[6 : 6 + blob[5]] if len(blob) > 6 else b""
+    begins = blob[:1] == b"\x04" and bool(name) and name.isascii() and name.decode("ascii").isprintable()
+    if not begins or blob[-1:] != b"\x00" or blob[-6:-5] != b"\x7e":
+        raise StreamError(f"{len(blob)} bytes came as device state, but they are no sections of a migration stream")
