@@ -315,6 +315,26 @@ class AtomicTests(CacheCase):
         model.apply(events)
         self.assertCurrent(cache, model)
 
+    def test_deltaWhileFlushing(self) -> None:
+        """A delta is against the newest page: staged, else of the last commit that has it, else in the image."""
+        cache, model = self.committed()
+        rounds: list[list[RamEvent]] = [
+            [pages(range(12)), delta(30)],
+            [pages([1, 6, 13, 14, 15]), zeros([7], 3)],
+            [delta(1), delta(5), delta(6), delta(6), delta(7), delta(13), delta(30), delta(39)],
+        ]
+        for events in rounds:
+            cache.stage(events)
+            model.apply(events)
+            cache.commit(b"next")
+            next(cache.flush())
+        events = [delta(place) for place in range(40)]
+        cache.stage(events)
+        model.apply(events)
+        cache.commit(b"last")
+        self.flush(cache)
+        self.assertCurrent(cache, model)
+
     def test_malformedDelta(self) -> None:
         """An error in the middle of staging: no commit until it is abandoned, the committed checkpoint untouched."""
         cache, model = self.committed()
@@ -485,6 +505,24 @@ class BoundTests(CacheCase):
 
         self.assertEqual([checkpoint(40), checkpoint(40)], [10, 10])
         self.assertEqual([checkpoint(4) for _ in range(12)][-1], 1)
+
+
+class FullBatchTests(SynchronousTestCase):
+    """Batches of their real size."""
+
+    def test_laterWins(self) -> None:
+        """Pages that come many times in one batch, in no order."""
+        cache, model = RamCache(), Model()
+        self.addCleanup(cache.close)
+        cache.stageInitial([Blocks(BLOCKS)])
+        cache.commit(b"")
+        events = [pages(np.random.default_rng(seed).permutation(40).tolist()) for seed in range(30)]
+        cache.stage(events)
+        cache.commit(b"")
+        for _ in cache.flush():
+            pass
+        model.apply(events)
+        self.assertEqual(bytes(cache.image(RAM.name)), bytes(model.ram[RAM.name]))
 
 
 class ImageTests(CacheCase):

@@ -205,6 +205,29 @@ class BoundTests(SpoolCase):
         self.assertEqual(sink.received, data)
         self.assertEqual(self.pool.queued, 0)
 
+    def test_diskFullsUp(self) -> None:
+        """Chunks that come back from the disk make no room in memory: its bound holds, to a chunk."""
+        store, slots = SpillFile.store, 3
+
+        def fullAfterThree(file: SpillFile, data: memoryview) -> int:
+            if file.bytes == slots * CHUNK:
+                raise StorageError("no room")
+            return store(file, data)
+
+        self.patch(SpillFile, "store", fullAfterThree)
+        spool, sink, data = self.spool(chunks=2), SlowSink(), pattern(20 * CHUNK)
+        written = self.write(spool, data)
+        slots = 0
+        pumped = ensureDeferred(spool.pump(sink.write))
+        while sink.pending is not None and not written.called:
+            self.assertLessEqual(self.pool.queued, 3 * CHUNK)
+            sink.take()
+        self.successResultOf(written)
+        spool.finish()
+        sink.takeAll()
+        self.successResultOf(pumped)
+        self.assertEqual(sink.received, data)
+
     def test_noRoomBecauseOfAnother(self) -> None:
         """A spool that is empty is not full, even when another one holds all the memory."""
         self.patch(os, "pwrite", noRoom)
