@@ -23,8 +23,8 @@ from colotx.protocol import ColoConnection
 from colotx.ramcache import RamCache
 from colotx.vmstate import restoreStream
 
-_NO_DESCRIPTION = b"{}"
-"""QEMU reads the description only to throw it away, and complains when there is none."""
+_DESCRIPTION = b'{"page_size": 4096, "devices": []}'
+"""QEMU reads the description only to throw it away, but complains when there is none."""
 
 _LAST_WORDS = 1.0
 """Seconds to wait for a QEMU to end that closed its socket."""
@@ -67,7 +67,7 @@ async def feed(
     endpoint: Any = UNIXClientEndpoint(reactor, path, timeout)  # type: ignore[no-untyped-call]
     ram = _cache(image)
     stream = restoreStream(
-        image.configuration, ram.blocks, ram.image, image.deviceState, _NO_DESCRIPTION, shared
+        image.configuration, ram.blocks, ram.image, image.deviceState, _DESCRIPTION, shared
     )
     try:
         await endpoint.connect(Factory.forProtocol(lambda: connection))
