@@ -48,6 +48,9 @@ WRITE_PIECE = 256 * 1024
 """Bytes encrypted at once: bounds what OpenSSL's memory BIO holds."""
 
 
+_RECORD = 16 * 1024  # bytes in a TLS record, and so the most that one SSL_read returns
+
+
 class ChannelKind(enum.Enum):
     """What a connection is for; the values are the ALPN tokens."""
 
@@ -90,26 +93,29 @@ class LinkTransport(TLSMemoryBIOProtocol):
             self._flushSendBIO()
 
     def _flushSendBIO(self) -> None:
-        try:
-            while self.transport is not None:
-                self.transport.write(self._tlsConnection.bio_read(WRITE_PIECE))
-        except SSL.WantReadError:
-            return
+        more = True
+        while more and self.transport is not None:
+            try:
+                data = self._tlsConnection.bio_read(WRITE_PIECE)
+            except SSL.WantReadError:
+                return
+            self.transport.write(data)
+            more = len(data) == WRITE_PIECE
 
     def _flushReceiveBIO(self) -> None:
-        pieces: list[bytes] = []
+        records: list[bytes] = []
         ending: Failure | None = None
         while not self._lostTLSConnection and ending is None:
             try:
-                pieces.append(self._tlsConnection.recv(READ_SIZE))
+                records.append(self._tlsConnection.recv(_RECORD))
             except SSL.WantReadError:
                 break
             except SSL.Error:
                 ending = Failure()
-        if pieces and not self._aborted:
-            self.wrappedProtocol.dataReceived(b"".join(pieces))
+        if records and not self._aborted:
+            self.wrappedProtocol.dataReceived(b"".join(records))
         if ending is not None:
-            closed = ending.check(SSL.ZeroReturnError) is not None
+            closed = isinstance(ending.value, SSL.ZeroReturnError)
             if closed:
                 self._shutdownTLS()
             self._tlsShutdownFinished(None if closed else ending)

@@ -4,6 +4,7 @@ Tests for L{colotx.link}: real TLS over loopback TCP, every wait bounded.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,9 +26,9 @@ from zope.interface import implementer
 
 from colotx.certificates import Credentials, initAuthority, issue
 from colotx.channel import ChannelKind, clientTLS
-from colotx.errors import ConfigError, HelloRefused, OversizeError, PeerLost
+from colotx.errors import ConfigError, HelloRefused, OversizeError, PeerError, PeerLost, PeerTimeout
 from colotx.hello import Hello, encodeFrame
-from colotx.link import MAX_STRANGERS, LinkDialer, LinkListener, LinkSettings
+from colotx.link import MAX_STRANGERS, LinkDialer, LinkListener, LinkSettings, _Candidate
 from colotx.session import Heartbeat, Session
 
 SETTINGS = LinkSettings(
@@ -470,11 +471,11 @@ class StrangerTests(LinkCase):
 
     async def test_silence(self):
         """Neither a connection without a handshake nor one without a hello may stay for long."""
-        self.listen(self.credentials, settings=replace(SETTINGS, helloTimeout=0.1))
+        self.listen(self.credentials, settings=replace(SETTINGS, helloTimeout=0.5))
         for plain, doing in (True, "complete the TLS handshake"), (False, "say its part of the hello"):
             client = await self.connect(plain=plain)
             await client.until(lambda client=client: client.lost is not None)
-            await self.logged(f"did not {doing} within 0.1 s")
+            await self.logged(f"did not {doing} within 0.5 s")
 
     async def test_silentDataChannel(self):
         self.listen(self.credentials, settings=replace(SETTINGS, helloTimeout=0.1))
@@ -642,3 +643,71 @@ class RefusalTests(LinkCase):
         del self.secondary.judge
         await self.established()
         self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
+
+
+class LossTests(LinkCase):
+    """A peer that goes away is noticed, whatever way it goes."""
+
+    async def test_connectionDies(self):
+        """The end of either connection ends the session on both sides; then there is a new one."""
+        self.dial()
+        for number, name in enumerate(("colo", "control"), 1):
+            await self.primary.until(lambda number=number: len(self.primary.sessions) == number)
+            await self.secondary.until(lambda number=number: len(self.secondary.sessions) == number)
+            ours, theirs = self.primary.sessions[-1], self.secondary.sessions[-1]
+            transport = theirs.colo.transport if name == "colo" else theirs._connection.transport
+            transport.transport.abortConnection()  # as when the kernel of a dead process does it
+            error = await ours.whenLost()
+            self.assertIsInstance(error, PeerLost)
+            self.assertIn("channel was closed", str(error))
+            await theirs.whenLost()
+            await ours.colo.until(lambda colo=ours.colo: colo.lost is not None)
+            self.assertIs(ours.colo.lost, error)
+            self.assertTrue(0 <= ours.silence < 5)
+
+    async def test_silentPeer(self):
+        """A peer whose connections stay but that says nothing is lost at the limit."""
+        brisk = replace(SETTINGS, heartbeat=Heartbeat(0.05, 0.2))
+        self.dial(settings=brisk)
+        ours, theirs = await self.established()
+        theirs._timer.cancel()
+        theirs._timer = None
+        error = await ours.whenLost()
+        self.assertIsInstance(error, PeerTimeout)
+        self.assertIn("limit 200 ms", str(error))
+        self.assertGreaterEqual(ours.silence, 0.2)
+
+    async def test_blockedReactor(self):
+        """A reactor that was blocked for longer than the limit does not blame the peer."""
+        brisk = replace(SETTINGS, heartbeat=Heartbeat(0.05, 0.2))
+        self.dial(settings=brisk)
+        ours, theirs = await self.established()
+        time.sleep(0.5)
+        theirs.control.send({"still": "here"})
+        await self.primary.until(lambda: self.primary.messages)
+        self.assertIsNone(ours.error)
+
+    async def test_lateVerdict(self):
+        """A listener that dies between its verdict and the data channels costs one try."""
+        whenComplete = _Candidate.whenComplete
+        tries = []
+
+        async def failOnce(candidate):
+            tries.append(candidate)
+            if len(tries) == 1:
+                candidate.end(PeerError("struck by lightning"))
+            await whenComplete(candidate)
+
+        self.patch(_Candidate, "whenComplete", failOnce)
+        self.dial()
+        await self.established()
+        self.assertEqual(len(self.primary.sessions), 1)
+        await self.logged("struck by lightning")
+
+    async def test_listenerStops(self):
+        """Stopping the listener tells the dialer, and closes every connection."""
+        self.dial()
+        ours, _ = await self.established()
+        await Deferred.fromCoroutine(self.listener.stop())
+        self.assertIn("the secondary's daemon stops", str(await ours.whenLost()))
+        self.assertIsNone(self.listener.session)
