@@ -10,8 +10,7 @@ migration stream.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from colotx._portbase import BasePort
-from colotx.errors import ConfigError, GuestError
+from colotx.errors import GuestError
 from colotx.guests._machine import DESCRIPTION, Machine, MemorySettings
 from colotx.guests._nic import MTU
 from colotx.guests.passive import PassiveSecondary
@@ -324,24 +323,9 @@ class MemoryGuestFactory:
         )
 
 
-def settingsFromTable(table: Mapping[str, Any]) -> MemorySettings:
-    """
-    @param table: the operator's settings, under the names of L{MemorySettings}.
-    @raise ConfigError: an unknown name, or a value that cannot be.
-    """
-    known = {field.name: type(field.default) for field in fields(MemorySettings)}
-    for name, value in table.items():
-        if name not in known:
-            raise ConfigError(f"memory guest: no setting {name!r}; there are {', '.join(known)}")
-        if type(value) is not known[name]:
-            raise ConfigError(f"memory guest: {name} must be of type {known[name].__name__}, not {value!r}")
-    return MemorySettings(**table)
-
-
 __all__ = [
     "MemoryGuestFactory",
     "MemoryPort",
     "MemoryPrimaryGuest",
     "MemorySettings",
-    "settingsFromTable",
 ]

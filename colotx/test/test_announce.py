@@ -112,6 +112,42 @@ class AddressTableTests(SynchronousTestCase):
         table.observe([out(IPv6(src="fe80::5", hlim=255), ICMPv6ND_RA()), out(IPv6(src="fe80::5"), TCP())])
         self.assertEqual(table.sightings, [seen("fe80::5", router=True)])
 
+    def test_tellsWhatIsNew(self):
+        """It says whether something came that was not known: then the standby has to be told."""
+        table = AddressTable()
+        arp, packet = out(ARP(op=1, hwsrc=MAC, psrc="10.0.0.5")), out(IP(src="10.0.0.5"), TCP())
+        answers = [table.observe(frames) for frames in [[arp], [packet], [], [out(), packet], [out(), arp]]]
+        self.assertEqual(answers, [True, False, False, True, False])
+        advertisement = IPv6(src="fe80::5", hlim=255) / ICMPv6ND_RA()
+        self.assertTrue(table.observe([out(IPv6(src="fe80::5"), TCP())]))
+        self.assertTrue(table.observe([out(advertisement)]))
+        self.assertFalse(table.observe([out(advertisement)]))
+
+    def test_forgottenAndSeenAgain(self):
+        """An address pushed out of the table by others is in it again with its next packet."""
+        table = AddressTable(limit=2)
+        frames = [out(IP(src=f"10.0.0.{n}"), TCP()) for n in [1, 2, 3]]
+        table.observe(frames)
+        self.assertTrue(table.observe([frames[0]]))
+        self.assertEqual([str(s.address) for s in table.sightings], ["10.0.0.3", "10.0.0.1"])
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=6), st.booleans())
+    def test_shortCut(self, flips, six):
+        """Knowing a frame by its headers never hides what another one tells."""
+        one = out(IPv6(src="fd00::5", hlim=64) if six else IP(src="10.0.0.5"), TCP(), b"x" * 20)
+        other = bytearray(one)
+        for place, value in flips:
+            other[place] = value
+        table = AddressTable()
+        table.observe([one])
+        table.observe([bytes(other)])
+        expected = AddressTable()
+        for frame in [one, bytes(other)]:
+            if sighting := learn(frame):
+                expected.add(sighting)
+        self.assertEqual(set(table.sightings), set(expected.sightings))
+
     def test_codec(self):
         """Through JSON and back it is the same table."""
         table = AddressTable()

@@ -20,7 +20,7 @@ from zope.interface.verify import verifyObject
 
 from colotx.compare import OutputGate
 from colotx.errors import ConfigError, GuestError
-from colotx.guests.memory import MACHINE, MemoryGuestFactory, MemorySettings, settingsFromTable
+from colotx.guests.memory import MACHINE, MemoryGuestFactory, MemorySettings
 from colotx.interfaces import (
     CheckpointImage,
     IFramePort,
@@ -120,12 +120,6 @@ class GuestTests(SynchronousTestCase):
         standby = self.factory.createStandby()
         verifyObject(ISecondaryGuest, standby)
         self.successResultOf(standby.close())
-
-    def test_settingsTable(self):
-        """The operator's table: names and types are checked, values too."""
-        self.assertEqual(settingsFromTable({"dirtyPages": 7, "address": GUEST}).dirtyPages, 7)
-        for wrong in [{"dirty": 7}, {"dirtyPages": "7"}, {"dirtyPages": True}, {"mac": 5}, {"ramBytes": 1}]:
-            self.assertRaises(ConfigError, settingsFromTable, wrong)
 
     def test_runControl(self):
         """It lives only while it runs."""

@@ -535,7 +535,7 @@ class TcpTests(SynchronousTestCase):
         self.port, self.seq, self.ack = peers[5]
         self.assertTrue(self.segment("A")[0].flags.R)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(
         st.lists(
             st.one_of(
