@@ -154,7 +154,8 @@ class QmpServer(Protocol):
         self._work()
 
     def abort(self) -> None:
-        """Close the connection now."""
+        """Close the connection now; nothing more is said to this client."""
+        self.factory.clients.discard(self)
         self._backlog.clear()
         self.transport.abortConnection()
 

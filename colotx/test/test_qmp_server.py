@@ -254,6 +254,7 @@ class ServerTests(SynchronousTestCase):
         for _ in range(100):
             self.factory.emit("BIG", {"x": "y" * 800})
         self.assertTrue(self.transport.disconnected)
+        self.assertEqual(self.factory.clients, set())
 
     def test_tooManyClients(self) -> None:
         """The seventeenth client is not taken, until one leaves."""
