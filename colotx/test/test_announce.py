@@ -103,7 +103,7 @@ class AddressTableTests(SynchronousTestCase):
         """The newest stay, the oldest go; one seen again is new."""
         table = AddressTable(limit=3)
         for n in [1, 2, 3, 1, 4]:
-            table.observe([out(IP(src=f"10.0.0.{n}"), TCP())])
+            table.add(seen(f"10.0.0.{n}"))
         self.assertEqual([str(s.address) for s in table.sightings], ["10.0.0.3", "10.0.0.1", "10.0.0.4"])
 
     def test_routerStays(self):
