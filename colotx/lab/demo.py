@@ -188,7 +188,9 @@ async def _main(reactor: Any, options: argparse.Namespace) -> int:
             print(f"the logs are kept: {logs}", flush=True)
     finally:
         if not keep:
-            shutil.rmtree(logs)
+            shutil.rmtree(logs, ignore_errors=True)
+    for result in results:
+        result.logs = result.logs if keep else None
     found = summary(results)
     print(table(results))
     print(line(found))

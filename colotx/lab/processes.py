@@ -134,9 +134,9 @@ class LabProcess(ProcessProtocol):
 
 def writeToml(path: Path, values: Mapping[str, object]) -> None:
     """Write a flat TOML file: strings, whole numbers, truth values and lists of strings."""
-    # A JSON scalar, or list of them, is a TOML one.
+    # A JSON scalar, or list of them, is a TOML one, but for DEL, which TOML wants escaped.
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()]
-    path.write_text("".join(lines))
+    path.write_text("".join(lines).replace("\x7f", "\\u007f"), encoding="utf-8")
 
 
 class DaemonProcess:
