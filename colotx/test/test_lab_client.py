@@ -36,7 +36,7 @@ class Run:
 
     def accept(self, index: int = -1) -> Any:
         """Accept the newest attempt to connect."""
-        _, _, factory, _, _ = self.reactor.tcpClients[index]
+        factory: Any = self.reactor.tcpClients[index][2]
         protocol = factory.buildProtocol(None)
         protocol.makeConnection(Transport())
         self.protocols.append(protocol._wrappedProtocol)
@@ -44,7 +44,7 @@ class Run:
 
     def refuse(self) -> None:
         """Refuse the newest attempt to connect."""
-        _, _, factory, _, _ = self.reactor.tcpClients[-1]
+        factory: Any = self.reactor.tcpClients[-1][2]
         factory.clientConnectionFailed(None, Failure(ConnectionRefusedError()))
 
     def start(self) -> Run:

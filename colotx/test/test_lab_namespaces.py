@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -23,7 +24,7 @@ class Recorded(SynchronousTestCase):
         self.directory = self.mktemp()
         os.mkdir(self.directory)
         self.patch(namespaces, "_run", self.run_)
-        self.patch(namespaces, "_NETNS", namespaces.Path(self.directory))
+        self.patch(namespaces, "_NETNS", Path(self.directory))
 
     def run_(self, command: Sequence[str], batch: str = "") -> None:
         text = " ".join(command)
@@ -101,7 +102,7 @@ class CommandTests(SynchronousTestCase):
         """A namespace knows its processes: here, this process in the one it is in."""
         namespace = Namespace.__new__(Namespace)
         namespace.name = "net"
-        self.patch(namespaces, "_NETNS", namespaces.Path("/proc/self/ns"))
+        self.patch(namespaces, "_NETNS", Path("/proc/self/ns"))
         self.assertIn(os.getpid(), namespace.processes())
 
 

@@ -101,7 +101,7 @@ async def shortPause() -> None:
     from twisted.internet import reactor
     from twisted.internet.task import deferLater
 
-    await deferLater(reactor, 0.01)  # type: ignore[arg-type]
+    await deferLater(reactor, 0.01)
 
 
 class FakeProcess:

@@ -146,6 +146,8 @@ class FlowTests(SynchronousTestCase):
 class Talker(Protocol):
     """Collects; fires when it has enough, and when it ends."""
 
+    transport: Any
+
     def __init__(self, connected: Deferred[Talker] | None = None) -> None:
         self._connected = connected
         self.got = b""
@@ -175,8 +177,9 @@ class Talker(Protocol):
 class ShaperTests(TestCase):
     async def relayed(self, settings: LinkSettings) -> tuple[Shaper, Talker, Talker]:
         """A shaper on loopback, and the two ends of a connection through it."""
-        from twisted.internet import reactor
+        from twisted.internet import reactor as installed
 
+        reactor: Any = installed
         accepted: Deferred[Talker] = Deferred()
 
         class Accepting(Factory):
