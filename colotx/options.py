@@ -69,7 +69,9 @@ Ask a running daemon with `colo status`."""
             "stateDir",
             "directory of what must survive a restart [default: /var/lib/colotx/VM, or the user's]",
         ),
-        _row("control", "path of the control socket [default: /run/colotx/VM.sock, or the user's]"),
+        _row(
+            "control", "path of the control socket [default: /run/colotx/VM[-secondary].sock, or the user's]"
+        ),
         _row(
             "scheduling",
             "realtime: real-time priority where allowed: a busy host must not look dead; normal",

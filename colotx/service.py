@@ -31,7 +31,7 @@ from colotx.protocol import ColoConnection
 from colotx.role import Parameters, Surroundings
 from colotx.secondary import SecondaryRole
 from colotx.session import Heartbeat, Session
-from colotx.settings import Settings, defaultStateDir
+from colotx.settings import Settings, defaultStateDir, stateRoot
 from colotx.state import StateStore
 from colotx.statistics import CheckpointStatistics
 from colotx.status import Protection, StatusBoard
@@ -56,7 +56,7 @@ class ColoService(MultiService):
         @raise ColoError: something in the settings cannot work on this machine.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        stateDir = settings.stateDir or defaultStateDir(settings.vm)
+        stateDir = settings.stateDir or defaultStateDir(settings)
         self._settings = settings
         self._reactor = reactor
         self._quit = quit
@@ -79,7 +79,9 @@ class ColoService(MultiService):
             statistics=self.statistics,
             emit=self._emit,
         )
-        self._control = ControlService(reactor, settings.control or defaultControlPath(settings.vm), self)
+        self._control = ControlService(
+            reactor, settings.control or defaultControlPath(_controlName(settings)), self
+        )
         self._control.setServiceParent(self)  # type: ignore[no-untyped-call]
         self._dialer: LinkDialer | None = None
         self._listener: LinkListener | None = None
@@ -95,10 +97,10 @@ class ColoService(MultiService):
         """Start; a failure ends the process with exit code 1 and one line that says why."""
         if self._settings.scheduling == "realtime":
             _raisePriority(self.log)
-        super().startService()  # type: ignore[no-untyped-call]
         ensureDeferred(self._start()).addErrback(self._startFailed)
 
     async def _start(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
         if isinstance(self.role, SecondaryRole):
             self._listen()
             await self.role.start()
@@ -323,6 +325,11 @@ class ColoService(MultiService):
         self._control.emit(event, data)
 
 
+def _controlName(settings: Settings) -> str:
+    """Both daemons of a VM can run on one machine, to try it out."""
+    return settings.vm if settings.role == "primary" else f"{settings.vm}-secondary"
+
+
 def _raisePriority(log: Logger) -> None:
     """
     Run before everything that is not urgent. What we start (QEMU) does not inherit it. Cluster daemons do the same: a
@@ -337,4 +344,4 @@ def _raisePriority(log: Logger) -> None:
 def _credentials(settings: Settings) -> Credentials:
     if settings.ca:
         return Credentials.load(Path(settings.ca), Path(settings.certificate), Path(settings.key))
-    return localCredentials(Path(defaultStateDir("local-authority")))
+    return localCredentials(Path(stateRoot(), "local-authority"))

@@ -142,12 +142,21 @@ class Settings:
         return self.peerAddress if self.role == "primary" else self.listen
 
 
-def defaultStateDir(vm: str) -> str:
-    """/var/lib/colotx/VM for root, else below XDG_STATE_HOME."""
+def stateRoot() -> str:
+    """/var/lib/colotx for root, else below XDG_STATE_HOME."""
     if os.geteuid() == 0:
-        return f"/var/lib/colotx/{vm}"
+        return "/var/lib/colotx"
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return f"{home}/colotx/{vm}"
+    return f"{home}/colotx"
+
+
+def defaultStateDir(settings: Settings) -> str:
+    """
+    One directory a VM, whatever the role: the epoch in it must be found again when the role changes. Only where both
+    daemons run on one machine, to try it out, each role has its own.
+    """
+    name = f"{settings.vm}-{settings.role}" if settings.link.isLoopback else settings.vm
+    return f"{stateRoot()}/{name}"
 
 
 def keyOf(field: str) -> str:

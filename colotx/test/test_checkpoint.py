@@ -295,6 +295,25 @@ class PairTests(SynchronousTestCase):
 class NotPipelinedTests(SynchronousTestCase):
     """The order an active secondary needs: the guest waits for LOADED."""
 
+    def test_vanishAtEveryBoundary(self) -> None:
+        """Whatever the guest waits for, it runs on when the peer is gone."""
+        for boundary in range(4):
+            clock = Clock()
+            side = PrimarySide(clock, pipelined=False)
+            wire, transport = connect(clock)
+            running = ensureDeferred(side.process.run(wire))
+            advance(clock, None, 0.02)
+            for answer in ANSWERS[:boundary]:
+                wire.dataReceived(encodeMessage(answer))
+                if answer is M.CHECKPOINT_READY:
+                    advance(clock, None, 0.1)
+            if boundary != 1:
+                self.assertIs(side.guest.runState, RunState.COLO)
+            wire.connectionLost(Failure(ConnectionLost()))
+            self.failureResultOf(running, PeerLost)
+            self.assertIs(side.guest.runState, RunState.RUNNING)
+            side.guest.shutdown()
+
     def test_guestWaitsForLoaded(self) -> None:
         clock = Clock()
         side = PrimarySide(clock, pipelined=False)
@@ -347,7 +366,9 @@ class PrimaryFaultTests(SynchronousTestCase):
         self.assertIs(side.guest.runState, RunState.RUNNING)
         self.assertNotIn(b"uncovered", side.out)
         self.assertEqual(side.statistics.checkpoints, covered)
-        self.assertEqual([call for call in self.clock.getDelayedCalls() if call.func.__name__ == "expire"], [])
+        self.assertEqual(
+            [call for call in self.clock.getDelayedCalls() if call.func.__name__ == "expire"], []
+        )
         side.guest.shutdown()
         return str(failure.value)
 
@@ -477,7 +498,8 @@ class SecondaryFaultTests(SynchronousTestCase):
         sent = transport.take()
         # READY and every RECEIVED stand for a checkpoint that is held.
         self.assertEqual(
-            sent.count(encodeMessage(M.VMSTATE_RECEIVED)) + (sent[:4] == encodeMessage(M.CHECKPOINT_READY)), whole
+            sent.count(encodeMessage(M.VMSTATE_RECEIVED)) + (sent[:4] == encodeMessage(M.CHECKPOINT_READY)),
+            whole,
         )
         if whole:
             promoting = side.standby.promote()
@@ -538,7 +560,9 @@ class SecondaryFaultTests(SynchronousTestCase):
     def test_unknownMessageBetweenCheckpoints(self) -> None:
         side, wire, transport, running = self.upTo(1)
         wire.dataReceived(encodeMessage(M.VMSTATE_SEND))
-        self.assertIn("Got unknown COLO message: 3", str(self.failureResultOf(running, UnexpectedMessage).value))
+        self.assertIn(
+            "Got unknown COLO message: 3", str(self.failureResultOf(running, UnexpectedMessage).value)
+        )
 
     def test_delay(self) -> None:
         """Within a transaction a primary that stalls is given up; between two it may be silent for ever."""

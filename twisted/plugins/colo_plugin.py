@@ -2,7 +2,7 @@
 
 from twisted.application.service import ServiceMaker
 
-colo = ServiceMaker(
+colo = ServiceMaker(  # type: ignore[no-untyped-call]
     "colotx",
     "colotx.tap",
     "Keep a virtual machine's service running through the death of its host.",
