@@ -14,6 +14,7 @@ from typing import Any
 from twisted.internet.endpoints import UNIXClientEndpoint
 from twisted.internet.error import ConnectError
 from twisted.internet.protocol import Factory
+from twisted.logger import Logger
 
 from colotx.errors import GuestError, PeerError
 from colotx.guests.qemu_arguments import MappedRam, ownsMemory
@@ -26,22 +27,30 @@ from colotx.vmstate import restoreStream
 _DESCRIPTION = b'{"page_size": 4096, "devices": []}'
 """QEMU reads the description only to throw it away, but complains when there is none."""
 
+_log = Logger(namespace="colotx.guests.qemu")
+
 _LAST_WORDS = 1.0
 """Seconds to wait for a QEMU to end that closed its socket."""
 
 
-def mappedRam(image: CheckpointImage, arguments: Sequence[str]) -> MappedRam | None:
+def mappedRam(cache: RamCache, arguments: Sequence[str]) -> MappedRam | None:
     """
     What of the image QEMU can map as the guest's main RAM.
 
     @param arguments: the user's QEMU arguments.
     @return: None if it cannot: the user's arguments say themselves where guest RAM comes from.
     """
-    ram: RamCache = _cache(image)
-    main = max(ram.blocks, key=lambda block: block.length)
+    main = max(cache.blocks, key=lambda block: block.length)
     if ownsMemory(arguments) or "/" in main.name:
+        _log.info("the arguments say where guest RAM comes from, so it will be restored by a copy")
         return None
-    return MappedRam(main.name, ram.imagePath(main.name), main.length)
+    return MappedRam(main.name, cache.imagePath(main.name), main.length)
+
+
+def cacheOf(image: CheckpointImage) -> RamCache:
+    """The RAM of a checkpoint. L{CheckpointImage} leaves open what holds it; of our standbys it is a cache."""
+    assert isinstance(image.ram, RamCache)
+    return image.ram
 
 
 async def feed(
@@ -65,7 +74,7 @@ async def feed(
     await process.execute("migrate-incoming", {"uri": f"unix:{path}"})
     connection = ColoConnection(reactor, timeout)
     endpoint: Any = UNIXClientEndpoint(reactor, path, timeout)  # type: ignore[no-untyped-call]
-    ram = _cache(image)
+    ram = cacheOf(image)
     stream = restoreStream(
         image.configuration, ram.blocks, ram.image, image.deviceState, _DESCRIPTION, shared
     )
@@ -90,9 +99,4 @@ async def _setIgnoreShared(process: QemuProcess, state: bool) -> None:
     await process.execute("migrate-set-capabilities", {"capabilities": [capability]})
 
 
-def _cache(image: CheckpointImage) -> RamCache:
-    assert isinstance(image.ram, RamCache)
-    return image.ram
-
-
-__all__ = ["feed", "forgetSharing", "mappedRam"]
+__all__ = ["cacheOf", "feed", "forgetSharing", "mappedRam"]

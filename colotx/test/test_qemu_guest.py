@@ -598,6 +598,12 @@ class RestoreTests(_GuestCase):
         list(cache.flush())
         return CheckpointImage(MACHINE, RamWriter().configuration(MACHINE), cache, cache.deviceState)
 
+    def restorable(self, image: CheckpointImage) -> QemuPrimaryGuest:
+        """A guest that will go on from a checkpoint."""
+        guest = self.watched(QemuPrimaryGuest(self.reactor, self.settings))
+        guest.adopt(image)
+        return guest
+
     def read(self, stream: bytes) -> tuple[bytes, list[str]]:
         """@return: device state of a stream, and the blocks pages came for."""
         ram = RamReader()
@@ -610,7 +616,7 @@ class RestoreTests(_GuestCase):
         """QEMU maps the image, gets the rest as a stream, and afterwards sends its RAM like any other guest."""
         image = self.image()
         path = image.ram.imagePath("pc.ram")
-        guest = self.watched(QemuPrimaryGuest(self.reactor, self.settings, image))
+        guest = self.restorable(image)
         self.assertIs(guest.runState, RunState.INMIGRATE)
         seen: list[bool] = []
         self.reactor.prepare = lambda qemu: setattr(
@@ -632,7 +638,7 @@ class RestoreTests(_GuestCase):
     def test_copied(self):
         """A QEMU that cannot have it this way gets a copy."""
         image = self.image()
-        guest = self.watched(QemuPrimaryGuest(self.reactor, self.settings, image))
+        guest = self.restorable(image)
         self.reactor.prepare = lambda qemu: setattr(
             qemu, "failingRestore", "" if len(self.reactor.qemus) > 1 else "cannot map this"
         )
@@ -653,14 +659,16 @@ class RestoreTests(_GuestCase):
         settings = QemuSettings(
             ["-machine", "pc,memory-backend=m"], self.settings.runtimeDirectory, binary="true"
         )
-        self.done(QemuPrimaryGuest(self.reactor, settings, self.image()).launch())
+        guest = QemuPrimaryGuest(self.reactor, settings)
+        guest.adopt(self.image())
+        self.done(guest.launch())
         self.assertEqual(len(self.reactor.qemus), 1)
         self.assertNotIn("memory-backend-file", " ".join(self.qemu.command))
 
     def test_impossible(self):
         """A checkpoint that no way brings back is an error with QEMU's words; it can be tried again."""
         self.reactor.prepare = lambda qemu: setattr(qemu, "failingRestore", "error while loading state")
-        guest = self.watched(QemuPrimaryGuest(self.reactor, self.settings, self.image()))
+        guest = self.restorable(self.image())
         self.assertIn("error while loading state", str(self.failed(guest.launch(), GuestLost)))
         self.assertEqual(self.lost, [])
         self.reactor.prepare = lambda qemu: None
@@ -669,7 +677,7 @@ class RestoreTests(_GuestCase):
     def test_neverRuns(self):
         """A restore that does not end is given up."""
         self.reactor.prepare = lambda qemu: setattr(qemu, "restored", lambda: None)
-        guest = self.watched(QemuPrimaryGuest(self.reactor, self.settings, self.image()))
+        guest = self.restorable(self.image())
         launching = guest.launch()
         self.reactor.settle(30)
         self.failed(launching, GuestTimeout, 30)
@@ -679,18 +687,108 @@ class RestoreTests(_GuestCase):
         """A restored guest that is never launched gives its memory back."""
         image = self.image()
         path = image.ram.imagePath("pc.ram")
-        guest = QemuPrimaryGuest(self.reactor, self.settings, image)
+        guest = self.restorable(image)
         self.done(guest.shutdown())
         self.assertFalse(os.path.exists(path))
 
-    def test_standby(self):
-        """What the factory's standby makes of a checkpoint is such a guest."""
-        standby = self.factory.createStandby()
-        standby.stageInitial(b"", [Blocks(BLOCKS)])
+
+class StandbyTests(_GuestCase):
+    """The QEMU that waits for a failover."""
+
+    def synchronise(self, standby: Any, number: int) -> None:
+        """An initial transfer, whole."""
+        standby.stageInitial(b"", [Blocks(BLOCKS), page("pc.ram", 3, number)])
         standby.describe(MACHINE, RamWriter().configuration(MACHINE))
-        self.done(standby.commit(blob(1)))
+        self.done(standby.commit(blob(number)))
         self.done(standby.settle())
-        guest = self.done(standby.promote())
-        self.assertIsInstance(guest, QemuPrimaryGuest)
+
+    def synchronised(self) -> Any:
+        """A standby that holds a checkpoint."""
+        standby = self.factory.createStandby()
+        self.assertEqual(self.reactor.qemus, [])
+        self.synchronise(standby, 1)
+        return standby
+
+    def promoted(self, standby: Any) -> QemuPrimaryGuest:
+        """The guest made of it, running."""
+        guest = self.watched(self.done(standby.promote()))
         self.done(guest.launch())
-        self.assertEqual(self.read(self.qemu.incoming)[0], blob(1))
+        self.assertIs(guest.runState, RunState.RUNNING)
+        return guest
+
+    def test_ready(self):
+        """It is started at the first checkpoint and no other, and goes on from the last one."""
+        standby = self.synchronised()
+        self.assertIn("-incoming defer", " ".join(self.qemu.command))
+        self.assertEqual(self.qemu.named("migrate-incoming"), [])
+        standby.stageLive(b"", [page("pc.ram", 4, 0x44)])
+        self.done(standby.commit(blob(2)))
+        self.done(standby.settle())
+        guest = self.promoted(standby)
+        (qemu,) = self.reactor.qemus
+        self.assertIn(blob(2), qemu.incoming)
+        self.done(standby.close())
+        self.assertTrue(qemu.alive)
+        self.assertEqual(self.lost, [])
+        qemu.die()
+        self.assertEqual(len(self.lost), 1)
+        self.done(guest.shutdown())
+
+    def test_stillStarting(self):
+        """A failover before it is ready waits for it."""
+        self.reactor.prepare = lambda qemu: qemu.silent.add("qmp_capabilities")
+        guest = self.done(self.synchronised().promote())
+        launching = guest.launch()
+        self.reactor.settle()
+        self.assertNoResult(launching)
+        assert self.qemu.qmp is not None
+        self.qemu.qmp.send({"id": 1, "return": {}})
+        self.done(launching)
+        self.assertEqual(len(self.reactor.qemus), 1)
+
+    def test_died(self):
+        """One that died while it waited, or never started, is replaced at the failover."""
+        for failing in ("", "address in use"):
+            self.reactor.prepare = lambda qemu, failing=failing: setattr(qemu, "failing", failing)
+            standby = self.synchronised() if not failing else self.factory.createStandby()
+            if failing:
+                self.synchronise(standby, 1)
+            count = len(self.reactor.qemus)
+            self.qemu.die()
+            self.reactor.settle()
+            self.reactor.prepare = lambda qemu: None
+            self.promoted(standby)
+            self.assertEqual(len(self.reactor.qemus), count + 1)
+            self.assertEqual(self.lost, [])
+
+    def test_synchronisedAnew(self):
+        """A new initial transfer needs a new one; before it is whole the old one stays good."""
+        standby = self.synchronised()
+        first = self.qemu
+        standby.stageInitial(b"", [Blocks(BLOCKS)])
+        self.done(standby.settle())
+        standby.abandon()
+        self.done(standby.settle())
+        self.assertEqual(self.reactor.qemus, [first])
+        self.synchronise(standby, 2)
+        self.assertFalse(first.alive)
+        self.promoted(standby)
+        self.assertEqual(len(self.reactor.qemus), 2)
+        self.assertIn(blob(2), self.qemu.incoming)
+
+    def test_closed(self):
+        """It ends with the standby."""
+        standby = self.synchronised()
+        self.done(standby.close())
+        self.assertFalse(self.qemu.alive)
+        self.assertEqual(os.listdir(self.settings.runtimeDirectory), [])
+
+    def test_ownMemory(self):
+        """With guest RAM of the user's own there is nothing to wait with: it is started at the failover."""
+        arguments = ["-machine", "pc,memory-backend=m"]
+        settings = QemuSettings(arguments, self.settings.runtimeDirectory, binary="true")
+        self.factory = QemuGuestFactory(self.reactor, settings)
+        standby = self.synchronised()
+        self.assertEqual(self.reactor.qemus, [])
+        self.promoted(standby)
+        self.assertEqual(len(self.reactor.qemus), 1)
