@@ -546,9 +546,9 @@ class TcpTests(SynchronousTestCase):
                     st.integers(0, 1460),
                     st.sampled_from([0, 1, 1000, 65535]),
                 ),
-                st.integers(1, 60),
+                st.integers(1, 40),
             ),
-            max_size=25,
+            max_size=15,
         )
     )
     def test_restoredGoesOnAlike(self, script):
