@@ -320,15 +320,15 @@ class AtomicTests(CacheCase):
         cache, model = self.committed()
         rounds: list[list[RamEvent]] = [
             [pages(range(12)), delta(30)],
-            [pages([1, 6, 13, 14, 15]), zeros([7], 3)],
-            [delta(1), delta(5), delta(6), delta(6), delta(7), delta(13), delta(30), delta(39)],
+            [pages([1, 6, 10, 13, 14]), zeros([7, 11], 3)],
+            [*map(delta, [1, 5, 6, 6, 7, 10, 11, 13, 30, 39])],
         ]
         for events in rounds:
             cache.stage(events)
             model.apply(events)
             cache.commit(b"next")
             next(cache.flush())
-        events = [delta(place) for place in range(40)]
+        events = [delta(place, 2000) for place in range(0, 40, 3)]
         cache.stage(events)
         model.apply(events)
         cache.commit(b"last")
