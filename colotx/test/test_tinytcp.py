@@ -403,7 +403,7 @@ class TcpTests(SynchronousTestCase):
         self.connect(window=0)
         self.segment("PA", b"hello", window=0)
         self.seq += 5
-        for _ in range(400):
+        for _ in range(150):
             for probe in self.ticks(1000):
                 self.assertFalse(probe.flags.R)
                 self.assertEqual(self.segment("A", window=0), [])
