@@ -101,6 +101,7 @@ class StagingArea:
         self._spill = SpillFile(directory, BATCH_BYTES)
         self._idle: list[Bytes] = []
         self._keep = 1
+        self._scratch: Bytes | None = None
 
     @property
     def residentBytes(self) -> int:
@@ -142,16 +143,17 @@ class StagingArea:
 
     def contents(self, batch: Batch) -> Bytes:
         """
-        The rows of a batch.
+        The rows of a batch; valid until the next call, if they come from disk.
 
         @raise StorageError: it cannot be read back.
         """
         if batch.data is not None:
             return batch.data
-        data = np.empty((batch.stored, PAGE_SIZE), np.uint8)
+        if self._scratch is None:
+            self._scratch = np.empty((BATCH, PAGE_SIZE), np.uint8)
         if batch.stored:
-            self._spill.load(batch.slot, data.data.cast("B"))
-        return data
+            self._spill.load(batch.slot, self._scratch[: batch.stored].data.cast("B"))
+        return self._scratch
 
     def page(self, batch: Batch, record: int) -> bytes:
         """The page of one record. @raise StorageError: it cannot be read back."""
@@ -180,6 +182,7 @@ class StagingArea:
     def close(self) -> None:
         """Give memory and disk back."""
         self._idle.clear()
+        self._scratch = None
         self._spill.close()
 
     def _room(self, batches: list[Batch]) -> Batch:
