@@ -229,6 +229,16 @@ class CheckpointTests(SynchronousTestCase):
         self.assertEqual(len(events), 3)
         self.assertEqual(applied(events), applied(mixed))
 
+    def test_fillWithinRun(self) -> None:
+        """A run of pages of zeros ends where another fill begins."""
+        filled: list[Item] = [
+            zeros(RAM.name, range(20)),
+            zeros(RAM.name, range(20, 40), 7),
+            zeros(RAM.name, range(40, 60)),
+        ]
+        image, _ = readInitial(initial(filled))
+        self.assertEqual(image, applied(filled))
+
     def test_lastOfAnAddress(self) -> None:
         """A page that comes several times in one feed has its last content, and comes once an event."""
         again = [3, 1, 2, 3, 1] * 6
