@@ -22,6 +22,7 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from colotx.errors import ColoError, ConfigError, GuestError, GuestLost
 from colotx.guests import emulation
+from colotx.guests.emulation import oddRamSize
 from colotx.guests.passive import PassiveSecondary
 from colotx.guests.qemu import QemuGuestFactory, QemuPrimaryGuest, QemuSettings
 from colotx.interfaces import RunState
@@ -35,10 +36,15 @@ _CACHE = Path(__file__).parents[1] / ".cache" / "guest"
 
 
 class _Standby:
-    """A sink that keeps what it gets in a passive secondary, as the other host would."""
+    """
+    A sink that keeps what it gets in a passive secondary, as the other host would.
 
-    def __init__(self, secondary: PassiveSecondary) -> None:
+    @ivar serial: what a guest made of it writes its console to.
+    """
+
+    def __init__(self, secondary: PassiveSecondary, serial: Path) -> None:
         self.secondary = secondary
+        self.serial = serial
         self._ram = RamReader()
         self._initial = InitialReader(self._ram)
         self._checkpoint: CheckpointReader | None = None
@@ -80,19 +86,40 @@ class QemuGuestTests(TestCase):
         except ConfigError as error:
             raise SkipTest(str(error)) from error
         # Sockets need short paths.
-        directory = tempfile.TemporaryDirectory(prefix="colo-")
+        directory = tempfile.TemporaryDirectory(prefix="colo-", ignore_cleanup_errors=True)
         self.addCleanup(directory.cleanup)
-        self.serial = Path(directory.name) / "serial"
-        kernel = kernelArguments("10.77.0.10/24", patternBytes=1 << 20, pauseMilliseconds=20)
-        emulated = not emulation.kvmUsable()
-        self.settings = QemuSettings(
-            qemuArguments(files, kernel, serial=self.serial),
-            directory.name,
-            binary=binary,
-            environment=emulation.environment(_CACHE) if emulated else {},
-        )
-        self.factory = QemuGuestFactory(reactor, self.settings)
+        self.directory = Path(directory.name)
+        self.binary = binary
+        self.files = files
+        self.environment = {} if emulation.kvmUsable() else emulation.environment(_CACHE)
+        self.moreArguments: list[str] = []
+        self.serials = 0
         self.lost: list[GuestError] = []
+
+    def factory(self) -> tuple[QemuGuestFactory, Path]:
+        """A host: a factory of guests, and where their console will be."""
+        self.serials += 1
+        serial = self.directory / f"serial-{self.serials}"
+        kernel = kernelArguments("10.77.0.10/24", patternBytes=1 << 20, pauseMilliseconds=20)
+        arguments = [*qemuArguments(self.files, kernel, serial=serial), *self.moreArguments]
+        settings = QemuSettings(arguments, str(self.directory), self.binary, environment=self.environment)
+        return QemuGuestFactory(reactor, settings), serial
+
+    def standby(self) -> _Standby:
+        """A standby on another host, which ends with the test."""
+        factory, serial = self.factory()
+        secondary = factory.createStandby()
+        self.addCleanup(secondary.close)
+        return _Standby(secondary, serial)
+
+    async def promoted(self, standby: _Standby) -> QemuPrimaryGuest:
+        """The guest made of a standby, launched."""
+        guest = self.made(await standby.secondary.promote())
+        self.assertIs(guest.runState, RunState.INMIGRATE)
+        await guest.launch()
+        self.assertIs(guest.runState, RunState.RUNNING)
+        self.serial = standby.serial
+        return guest
 
     def made(self, guest: QemuPrimaryGuest) -> QemuPrimaryGuest:
         """A guest that is ended with the test."""
@@ -103,7 +130,8 @@ class QemuGuestTests(TestCase):
 
     async def booted(self) -> QemuPrimaryGuest:
         """A guest that checks its memory already."""
-        guest = self.made(self.factory.createPrimary())
+        factory, self.serial = self.factory()
+        guest = self.made(factory.createPrimary())
         await guest.launch()
         await self.until(lambda: READY in self.console() and self.rounds() >= 2, "the guest's boot")
         return guest
@@ -134,8 +162,7 @@ class QemuGuestTests(TestCase):
 
     async def protected(self, guest: QemuPrimaryGuest) -> _Standby:
         """Make the guest protected. @return: the standby with the initial checkpoint."""
-        standby = _Standby(self.factory.createStandby())
-        self.addCleanup(standby.secondary.close)
+        standby = self.standby()
         await guest.transferInitial(standby)
         self.assertIs(guest.runState, RunState.COLO)
         await standby.commitInitial()
@@ -176,14 +203,10 @@ class QemuGuestTests(TestCase):
         held = self.rounds()
         self.assertEqual(standby.secondary.checkpoint, 31)
         await guest.shutdown()
-        self.serial.unlink()
 
         began = time.monotonic()
-        restored = self.made(await standby.secondary.promote())
-        self.assertIs(restored.runState, RunState.INMIGRATE)
-        await restored.launch()
+        restored = await self.promoted(standby)
         took = time.monotonic() - began
-        self.assertIs(restored.runState, RunState.RUNNING)
         print(f" downtime {sorted(downtimes)[15] * 1000:.1f} ms, restored in {took * 1000:.0f} ms", end="")
         await self.until(lambda: self.rounds() >= 0, "life after the restore")
         first = int(re.findall(r"colotx: (\d+) ok", self.console())[0])
@@ -195,34 +218,36 @@ class QemuGuestTests(TestCase):
         self.assertGreater(again.bytes, standby.bytes // 4)
         await self.checkpoint(restored, again)
         await restored.shutdown()
-        third = self.made(await again.secondary.promote())
-        await third.launch()
+        await self.promoted(again)
         await self.goesOn()
         self.assertEqual(self.lost, [])
 
     @asynchronous
+    async def test_restoredCold(self):
+        """Without a QEMU that waits one is started, and maps the image as well."""
+        guest = await self.booted()
+        standby = await self.protected(guest)
+        waiting = standby.secondary._waiting
+        await waiting.shutdown()
+        standby.secondary._waiting = None
+        await guest.shutdown()
+        began = time.monotonic()
+        await self.promoted(standby)
+        print(f" restored in {(time.monotonic() - began) * 1000:.0f} ms", end="")
+        await self.goesOn()
+
+    @asynchronous
     async def test_restoredByCopy(self):
         """With guest RAM that the operator's arguments define, the restore goes by a copy and works."""
-        arguments = list(self.settings.arguments)
-        size = arguments[arguments.index("-m") + 1]
-        arguments += ["-object", f"memory-backend-ram,id=own,size={size}", "-machine", "memory-backend=own"]
-        self.factory = QemuGuestFactory(
-            reactor,
-            QemuSettings(
-                arguments,
-                self.settings.runtimeDirectory,
-                binary=self.settings.binary,
-                environment=self.settings.environment,
-            ),
-        )
+        size = oddRamSize(256)
+        own = ["-object", f"memory-backend-ram,id=own,size={size}", "-machine", "memory-backend=own"]
+        self.moreArguments = ["-m", size, *own]
         guest = await self.booted()
         standby = await self.protected(guest)
         await self.checkpoint(guest, standby)
         held = self.rounds()
         await guest.shutdown()
-        self.serial.unlink()
-        restored = self.made(await standby.secondary.promote())
-        await restored.launch()
+        await self.promoted(standby)
         await self.goesOn()
         self.assertGreater(self.rounds(), held)
 
@@ -237,8 +262,7 @@ class QemuGuestTests(TestCase):
             await self.assertFailure(wait, ColoError)
 
         async def initially() -> None:
-            standby = _Standby(self.factory.createStandby())
-            self.addCleanup(standby.secondary.close)
+            standby = self.standby()
             begun: Deferred[None] = Deferred()
             standby.onWrite = lambda: begun.called or standby.bytes < 10_000_000 or begun.callback(None)
             wait = guest.transferInitial(standby)
@@ -246,7 +270,7 @@ class QemuGuestTests(TestCase):
             await within(wait)
 
         async def initialHeld() -> None:
-            await guest.transferInitial(_Standby(self.factory.createStandby()))
+            await guest.transferInitial(self.standby())
             await guest.endProtection()
 
         async def running() -> None:
@@ -324,14 +348,13 @@ class QemuGuestTests(TestCase):
         self.assertEqual(len(self.lost), 1)
         self.assertIsInstance(self.lost[0], GuestLost)
         self.assertIs(guest.runState, RunState.SHUTDOWN)
-        restored = self.made(await standby.secondary.promote())
-        await restored.launch()
+        await self.promoted(standby)
         await self.goesOn()
 
     @asynchronous
     async def test_refused(self):
         """Arguments QEMU does not take come back in its own words."""
-        settings = QemuSettings(["-no-such-option"], self.settings.runtimeDirectory, self.settings.binary)
+        settings = QemuSettings(["-no-such-option"], str(self.directory), self.binary)
         guest = self.made(QemuPrimaryGuest(reactor, settings))
         with self.assertRaisesRegex(GuestLost, "no-such-option"):
             await guest.launch()
