@@ -135,6 +135,15 @@ class TrafficClientTests(SynchronousTestCase):
         self.assertEqual((report["lost"], report["resets"]), (0, 1))
         self.assertFalse(isClean(report))
 
+    def test_resetInDrain(self) -> None:
+        """A connection that is gone is not waited for: its bytes are lost."""
+        run = Run().start()
+        run.protocols[1].dataReceived(run.taken(1))
+        run.client.drain()
+        run.protocols[0].connectionLost(Failure(ConnectionDone()))
+        report = self.report(run)
+        self.assertEqual((report["lost"], report["resets"]), (32, 1))
+
     def test_doubled(self) -> None:
         """Bytes that come twice are found."""
         run = Run().start()
