@@ -83,6 +83,7 @@ class LinkSettings:
     @ivar retryFirst: before the first retry; doubled for each further one.
     @ivar retryMost: at most between two tries.
     @ivar retryRefused: after a refusal, which seldom goes away by itself.
+    @ivar steady: a session that lived shorter counts as a failed try.
     """
 
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
@@ -91,6 +92,7 @@ class LinkSettings:
     retryFirst: float = 0.05
     retryMost: float = 1.0
     retryRefused: float = 5.0
+    steady: float = 5.0
 
 
 class _Candidate:
@@ -383,6 +385,7 @@ class LinkDialer:
     async def _attempt(self, lastWait: float) -> float:
         """Have one session, or fail to get it. @return: how long to wait then, seconds."""
         settings = self._settings
+        longer = min(max(settings.retryFirst, lastWait * 2), settings.retryMost)
         try:
             session = await self._dialSession()
         except HelloRefused as e:
@@ -391,7 +394,7 @@ class LinkDialer:
             return settings.retryRefused
         except ColoError as e:
             self._failed(e)
-            return min(max(settings.retryFirst, lastWait * 2), settings.retryMost)
+            return longer
         except Exception:
             if self._stopping:
                 return 0.0
@@ -399,20 +402,17 @@ class LinkDialer:
             return settings.retryMost
         self.failure = None
         self.session = session
+        began = self._reactor.seconds()
         session.start(self._owner.sessionEstablished)
         self.failure = await session.whenLost()
         _logLost(self._log, session, self.failure)
         self.session = None
-        return settings.retryFirst
+        return settings.retryFirst if self._reactor.seconds() - began >= settings.steady else longer
 
     def _failed(self, error: ColoError) -> None:
         if str(error) != str(self.failure):  # a peer that is down would otherwise fill the log
-            self._log.warn(
-                "no session with {host}:{port} yet: {reason}",
-                host=self._host,
-                port=self._port,
-                reason=str(error),
-            )
+            where = f"{self._host}:{self._port}"
+            self._log.warn("no session with {where} yet: {reason}", where=where, reason=str(error))
         self.failure = error
 
     async def _dialSession(self) -> Session:

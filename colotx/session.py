@@ -311,7 +311,7 @@ class Session:
     def close(self, reason: str) -> None:
         """
         End the session and tell the peer why. The peer may take a second to read it, then the connections are
-        aborted. Harmless when it has ended.
+        aborted; what the other channels have not sent by then is lost. Harmless when it has ended.
         """
         if self.error is not None:
             return

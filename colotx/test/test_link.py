@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import trustme
 from OpenSSL.crypto import X509, PKey
+from OpenSSL.SSL import NO_OVERLAPPING_PROTOCOLS
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint
@@ -21,13 +22,13 @@ from twisted.internet.ssl import CertificateOptions, TLSVersion
 from twisted.internet.task import deferLater
 from twisted.logger import formatEvent, globalLogPublisher
 from twisted.protocols.tls import TLSMemoryBIOFactory
-from twisted.trial.unittest import TestCase
+from twisted.trial.unittest import SkipTest, TestCase
 from zope.interface import implementer
 
 from colotx.certificates import Credentials, initAuthority, issue
 from colotx.channel import ChannelKind, clientTLS
 from colotx.errors import ConfigError, HelloRefused, OversizeError, PeerError, PeerLost, PeerTimeout
-from colotx.hello import Hello, encodeFrame
+from colotx.hello import FrameDecoder, Hello, encodeFrame
 from colotx.link import MAX_STRANGERS, LinkDialer, LinkListener, LinkSettings, _Candidate
 from colotx.session import Heartbeat, Session
 
@@ -318,6 +319,22 @@ class SuccessTests(LinkCase):
         await self.established()
         self.assertIsNone(dialer.failure)
 
+    async def test_IPv6(self):
+        """The same over IPv6, with an address as the name."""
+        credentials = self.issue("::1")
+        listener = LinkListener(reactor, self.secondary, credentials, "::1", 0, "::1", SETTINGS)
+        try:
+            listener.start()
+        except ConfigError as e:
+            raise SkipTest(str(e)) from e
+        dialer = LinkDialer(
+            reactor, self.primary, credentials, "::1", listener.address.port, settings=SETTINGS
+        )
+        dialer.start()
+        self.addCleanup(lambda: Deferred.fromCoroutine(listener.stop()))
+        self.addCleanup(lambda: Deferred.fromCoroutine(dialer.stop()))
+        await self.established()
+
     async def test_portTaken(self):
         """A port that cannot be used is the operator's error."""
         second = LinkListener(reactor, self.secondary, self.credentials, "localhost", self.port, "127.0.0.1")
@@ -543,6 +560,77 @@ class StrangerTests(LinkCase):
         await crowd[0].until(lambda: crowd[0].lost is not None)
         self.dial()
         await self.established()
+
+    async def test_wire(self):
+        """
+        The bytes of a session, said by hand: hello, accepted, session ids. Only the right id binds a channel, and
+        each kind once.
+        """
+        hello = replace(self.primary.local, frames=True, session=str(uuid4()))
+        control = await self.connect()
+        control.transport.write(encodeFrame(hello.toMessage()))
+        decoder, said = FrameDecoder(), []
+
+        def heard(count):
+            said.extend(decoder.feed(bytes(control.received)))
+            control.received.clear()
+            return len(said) >= count
+
+        await control.until(lambda: heard(2))
+        self.assertEqual(Hello.fromMessage(said[0]), replace(self.secondary.local, session=hello.session))
+        self.assertEqual(said[1], {"type": "accepted"})
+        control.transport.write(encodeFrame({"type": "accepted"}))
+        colo = await self.connect(ChannelKind.COLO)
+        colo.transport.write(hello.session.encode() + b"early")
+        for kind, session in (ChannelKind.FRAMES, str(uuid4())), (ChannelKind.COLO, hello.session):
+            wrong = await self.connect(kind)
+            wrong.transport.write(session.encode())
+            await wrong.until(lambda wrong=wrong: wrong.lost is not None)
+        self.assertEqual((len(said), self.secondary.sessions), (2, []))
+        frames = await self.connect(ChannelKind.FRAMES)
+        for byte in hello.session.encode() + b"frame":
+            frames.transport.write(bytes([byte]))
+        await control.until(lambda: heard(3))
+        self.assertEqual(said[2], {"type": "established"})
+        (session,) = self.secondary.sessions
+        await session.colo.until(lambda: session.colo.received == b"early")
+        await session.frames.until(lambda: session.frames.received == b"frame")
+        control.transport.write(encodeFrame({"type": "bye", "reason": "tested"}))
+        self.assertIn("tested", str(await session.whenLost()))
+
+
+class ForeignServerTests(LinkCase):
+    """The dialer at a port where something else listens: it says so and goes on trying."""
+
+    async def dialTo(self, factory):
+        await Deferred.fromCoroutine(self.listener.stop())
+        port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+        self.addCleanup(port.stopListening)
+        self.port = port.getHost().port
+        dialer = self.dial(settings=replace(SETTINGS, helloTimeout=0.5))
+        while dialer.failure is None:
+            await deferLater(reactor, 0.01)
+        self.assertEqual(self.primary.sessions, [])
+        return str(dialer.failure)
+
+    async def test_otherTLS(self):
+        options = CertificateOptions(
+            privateKey=PKey.from_cryptography_key(self.credentials.key),
+            certificate=X509.from_cryptography(self.credentials.certificate),
+        )
+        options.getContext().set_alpn_select_callback(lambda *_: NO_OVERLAPPING_PROTOCOLS)
+        factory = TLSMemoryBIOFactory(options, False, Factory.forProtocol(Recorder), reactor)
+        self.assertIn("ALPN", await self.dialTo(factory))
+
+    async def test_plaintext(self):
+        class Banner(Protocol):
+            def connectionMade(self):
+                self.transport.write(b"220 mail.example ESMTP\r\n")
+
+        self.assertIn("TLS failed", await self.dialTo(Factory.forProtocol(Banner)))
+
+    async def test_mute(self):
+        self.assertIn("within 0.5 s", await self.dialTo(Factory.forProtocol(Recorder)))
 
 
 class RefusalTests(LinkCase):
