@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colotx._ramimage import Bytes, Numbers, Rows
-from colotx.spill import SpillFile
+from colotx.spill import SpillSlot, SpillSpace
 from colotx.vmstate import PAGE_SIZE
 
 BATCH = 512
@@ -29,7 +29,7 @@ class Batch:
     @ivar data: the buffer of page copies; None before the first, once it is on disk, and when let go.
     @ivar count: how many records there are.
     @ivar stored: how many of them have a row in C{data}.
-    @ivar slot: its place in the spill file, or -1.
+    @ivar slot: where it is on disk, or None.
     @ivar numbers: of each record, whose page it is.
     @ivar rows: of each record, its row in C{data}, or C{~fill}.
     """
@@ -37,7 +37,7 @@ class Batch:
     data: Bytes | None = None
     count: int = 0
     stored: int = 0
-    slot: int = -1
+    slot: SpillSlot | None = None
     numbers: Numbers = field(default_factory=lambda: np.empty(BATCH, np.int64))
     rows: Rows = field(default_factory=lambda: np.empty(BATCH, np.int16))
 
@@ -98,7 +98,7 @@ class StagingArea:
         """
         self.resident = 0
         self._limit = max(1, memory // BATCH_BYTES)
-        self._spill = SpillFile(directory, BATCH_BYTES)
+        self._spill = SpillSpace(directory, BATCH_BYTES)
         self._idle: list[Bytes] = []
         self._keep = 1
         self._scratch: Bytes | None = None
@@ -151,7 +151,7 @@ class StagingArea:
             return batch.data
         if self._scratch is None:
             self._scratch = np.empty((BATCH, PAGE_SIZE), np.uint8)
-        if batch.stored:
+        if batch.slot is not None:
             self._spill.load(batch.slot, self._scratch[: batch.stored].data.cast("B"))
         return self._scratch
 
@@ -162,6 +162,7 @@ class StagingArea:
             return bytes([~row]) * PAGE_SIZE
         if batch.data is not None:
             return bytes(batch.data[row].data)
+        assert batch.slot is not None
         page = bytearray(PAGE_SIZE)
         self._spill.load(batch.slot, memoryview(page), row * PAGE_SIZE)
         return bytes(page)
@@ -171,9 +172,9 @@ class StagingArea:
         if batch.data is not None:
             self._retire(batch.data)
             batch.data = None
-        elif batch.slot >= 0:
+        elif batch.slot is not None:
             self._spill.free(batch.slot)
-            batch.slot = -1
+            batch.slot = None
 
     def expect(self, batches: int) -> None:
         """A checkpoint took so many batches: keep buffers for the next. What is above is freed little by little."""

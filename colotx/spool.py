@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from colotx.errors import StorageError
-from colotx.spill import SpillFile
+from colotx.spill import SpillSlot, SpillSpace
 
 CHUNK = 256 * 1024
 """Bytes in one buffer, and in the largest piece a pump hands on."""
@@ -72,10 +72,8 @@ class Spool:
         self.size = 0
         self.full = False
         self._pool = pool
-        self._spill = SpillFile(directory, CHUNK)
-        self._chunks: deque[bytearray | int] = (
-            deque()
-        )  # full ones, oldest first; an int is a slot of the file
+        self._spill = SpillSpace(directory, CHUNK)
+        self._chunks: deque[bytearray | SpillSlot] = deque()  # full ones, oldest first
         self._tail = pool.take()
         self._used = 0
         self._finished = self._warned = False
@@ -151,7 +149,7 @@ class Spool:
 
     def _seal(self) -> None:
         """The last chunk is full: queue it, in memory or on disk, and begin another."""
-        stored: bytearray | int = self._tail
+        stored: bytearray | SpillSlot = self._tail
         if self._pool.exhausted:
             try:
                 stored = self._spill.store(memoryview(self._tail))
@@ -171,7 +169,7 @@ class Spool:
         self._check()
         if self._chunks:
             stored = self._chunks.popleft()
-            if isinstance(stored, int):
+            if isinstance(stored, SpillSlot):
                 buffer = self._pool.take()
                 self._spill.load(stored, memoryview(buffer))
                 self._spill.free(stored)
@@ -195,7 +193,7 @@ class Spool:
 
     def _release(self) -> None:
         for stored in self._chunks:
-            if not isinstance(stored, int):
+            if not isinstance(stored, SpillSlot):
                 self._pool.queued -= CHUNK
                 self._pool.give(stored)
         self._chunks.clear()

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.trial.unittest import SynchronousTestCase
 
+from colotx import spill
 from colotx.errors import GuestLost, PeerLost, StorageError
-from colotx.spill import SpillFile
+from colotx.spill import SpillSlot, SpillSpace
 from colotx.spool import CHUNK, BufferPool, Spool
 
 
@@ -207,14 +208,14 @@ class BoundTests(SpoolCase):
 
     def test_diskFullsUp(self) -> None:
         """Chunks that come back from the disk make no room in memory: its bound holds, to a chunk."""
-        store, slots = SpillFile.store, 3
+        store, slots = SpillSpace.store, 3
 
-        def fullAfterThree(file: SpillFile, data: memoryview) -> int:
+        def fullAfterThree(file: SpillSpace, data: memoryview) -> SpillSlot:
             if file.bytes >= slots * CHUNK:
                 raise StorageError("no room")
             return store(file, data)
 
-        self.patch(SpillFile, "store", fullAfterThree)
+        self.patch(SpillSpace, "store", fullAfterThree)
         spool, sink, data = self.spool(chunks=2), SlowSink(), pattern(20 * CHUNK)
         written = self.write(spool, data)
         slots = 0
@@ -331,69 +332,83 @@ class FailureTests(SpoolCase):
         self.assertEqual(sink.received, pattern(2 * CHUNK))
 
 
-class SpillFileTests(SpoolCase):
-    """The temporary file."""
+class SpillSpaceTests(SpoolCase):
+    """The temporary files."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.patch(spill, "FILE_BYTES", 64)
+        self.space = SpillSpace(self.directory, 16)
 
     def test_slotsAreReused(self) -> None:
-        """The file never has more slots than were in use at once, and gives its room back when none is."""
-        file = SpillFile(self.directory, 16)
-        slots = [file.store(memoryview(pattern(16, n << 32))) for n in range(3)]
-        file.free(slots[1])
-        self.assertEqual(file.store(memoryview(b"new")), slots[1])
+        """No more slots than are in use at once; what is in the others stays."""
+        slots = [self.space.store(memoryview(pattern(16, n << 32))) for n in range(3)]
+        self.space.free(slots[1])
+        again = self.space.store(memoryview(b"new"))
+        self.assertEqual(again, slots[1])
         into = bytearray(16)
-        file.load(slots[2], memoryview(into))
+        self.space.load(slots[2], memoryview(into))
         self.assertEqual(into, pattern(16, 2 << 32))
         into = bytearray(2)
-        file.load(slots[1], memoryview(into), 1)
+        self.space.load(again, memoryview(into), 1)
         self.assertEqual(into, b"ew")
-        self.assertEqual(file.bytes, 48)
-        descriptor = file._descriptor()
-        self.assertEqual(os.fstat(descriptor).st_nlink, 0)
-        for slot in slots:
-            file.free(slot)
-        self.assertEqual(os.fstat(descriptor).st_size, 0)
-        file.close()
-        file.close()
+        self.assertEqual(self.space.bytes, 48)
+
+    def test_filesGo(self) -> None:
+        """The files have no names, and each goes as soon as nothing in it is needed."""
+        before = len(os.listdir("/proc/self/fd"))
+        slots = [self.space.store(memoryview(pattern(16, n << 32))) for n in range(9)]
+        self.assertEqual((len(os.listdir("/proc/self/fd")) - before, self.space.bytes), (3, 144))
+        self.assertEqual(os.listdir(self.directory), [])
+        for slot in slots[:4]:
+            self.space.free(slot)
+        self.assertEqual((len(os.listdir("/proc/self/fd")) - before, self.space.bytes), (2, 80))
+        into = bytearray(16)
+        for n in range(4, 9):
+            self.space.load(slots[n], memoryview(into))
+            self.assertEqual(into, pattern(16, n << 32))
+        self.space.close()
+        self.space.close()
+        self.assertEqual((len(os.listdir("/proc/self/fd")) - before, self.space.bytes), (0, 0))
+        self.space.free(self.space.store(memoryview(b"anew")))
 
     def test_shortWrites(self) -> None:
         """A write or read that does a part is gone on with."""
         whole, read = os.pwrite, os.preadv
         self.patch(os, "pwrite", lambda fd, data, offset: whole(fd, data[:5], offset))
         self.patch(os, "preadv", lambda fd, into, offset: read(fd, [into[0][:3]], offset))
-        file, into = SpillFile(self.directory, 16), bytearray(16)
-        file.load(file.store(memoryview(pattern(16))), memoryview(into))
+        into = bytearray(16)
+        self.space.load(self.space.store(memoryview(pattern(16))), memoryview(into))
         self.assertEqual(into, pattern(16))
 
     def test_diskFull(self) -> None:
         """The error names the directory and what to do; a slot in hand is not lost."""
-        file = SpillFile(self.directory, 16)
-        first, second = file.store(memoryview(b"a" * 16)), file.store(memoryview(b"b" * 16))
-        file.free(first)
+        first, second = (self.space.store(memoryview(byte * 16)) for byte in (b"a", b"b"))
+        self.space.free(first)
         with open("/dev/full", "r+b", buffering=0) as full:
-            file._file, real = full, file._file
-            error = self.assertRaises(StorageError, file.store, memoryview(b"c" * 16))
-            file._file = real
+            first.file.raw, real = full, first.file.raw
+            error = self.assertRaises(StorageError, self.space.store, memoryview(b"c" * 16))
+            first.file.raw = real
         self.assertIn(f"{self.directory}: No space left on device; free some room", str(error))
-        self.assertEqual(file.store(memoryview(b"c" * 16)), first)
+        self.assertEqual(self.space.store(memoryview(b"c" * 16)), first)
         into = bytearray(16)
-        file.load(second, memoryview(into))
+        self.space.load(second, memoryview(into))
         self.assertEqual(into, b"b" * 16)
 
     def test_noDirectory(self) -> None:
         """A directory that is not there is an error of the store, not of the constructor."""
-        file = SpillFile(os.path.join(self.directory, "missing"), 16)
-        error = self.assertRaises(StorageError, file.store, memoryview(b"x"))
+        space = SpillSpace(os.path.join(self.directory, "missing"), 16)
+        error = self.assertRaises(StorageError, space.store, memoryview(b"x"))
         self.assertIn("No such file or directory", str(error))
 
     def test_cut(self) -> None:
         """A file that is shorter than it was, and a disk that fails, are errors."""
-        file = SpillFile(self.directory, 16)
-        slot = file.store(memoryview(b"x" * 16))
-        os.truncate(file._descriptor(), 3)
-        self.assertRaises(StorageError, file.load, slot, memoryview(bytearray(16)))
+        slot = self.space.store(memoryview(b"x" * 16))
+        os.truncate(slot.file.raw.fileno(), 3)
+        self.assertRaises(StorageError, self.space.load, slot, memoryview(bytearray(16)))
 
         def broken(*args: object) -> int:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         self.patch(os, "preadv", broken)
-        self.assertRaises(StorageError, file.load, slot, memoryview(bytearray(16)))
+        self.assertRaises(StorageError, self.space.load, slot, memoryview(bytearray(16)))
