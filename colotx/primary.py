@@ -375,6 +375,7 @@ class PrimaryRole:
             session.control.send({"type": ControlMessage.GUEST_LOST, "reason": str(error)})
             session.close(f"the guest is lost: {error}")
             session.colo.fail(error)
+        self._around.hangUp()
         self._set(
             Protection.UNPROTECTED,
             f"the guest died: {error}",

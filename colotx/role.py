@@ -39,6 +39,7 @@ class Surroundings:
     @ivar witness: an L{colotx.interfaces.IWitness}.
     @ivar factory: an L{colotx.interfaces.IGuestFactory}.
     @ivar instance: UUID of this run of the daemon.
+    @ivar hangUp: makes the link dial no more: there is no guest to protect.
     @ivar emit: sends a QMP event (name, data) to the clients of the control socket.
     """
 
@@ -52,6 +53,7 @@ class Surroundings:
     instance: str
     status: StatusBoard
     statistics: CheckpointStatistics
+    hangUp: Callable[[], None]
     emit: Callable[[str, dict[str, object]], None]
 
     async def obtainGrant(self, cause: FailoverCause) -> Grant | None:

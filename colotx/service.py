@@ -77,6 +77,7 @@ class ColoService(MultiService):
             instance=str(uuid4()),
             status=self.status,
             statistics=self.statistics,
+            hangUp=self._hangUp,
             emit=self._emit,
         )
         self._control = ControlService(
@@ -146,6 +147,10 @@ class ColoService(MultiService):
             self._linkSettings(),
         )
         self._dialer.start()
+
+    def _hangUp(self) -> None:
+        if self._dialer is not None:
+            ensureDeferred(self._dialer.stop())
 
     def _listen(self) -> None:
         listen = self._settings.listen
