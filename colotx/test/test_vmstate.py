@@ -148,7 +148,7 @@ class InitialTests(SynchronousTestCase):
             b'\0\6\0\0\0\x20{"page_size": 1, "devices": []} ',
             b'\0\6\0\0\xff\xff{"page_size": 1',
             b'\0\6\xff\xff\xff\xff{"page_size"',
-            b'\0\6\0\0\0\x41{"page_size": 1, "devices": [{"name": "other", "instance_id": 0}]}',
+            b'\0\6\0\0\0\x42{"page_size": 1, "devices": [{"name": "other", "instance_id": 0}]}',
             b'\0\6\0\0\0\x13{"page_size": 1234}}',
             b'{"page_size": 1}',
         ]
@@ -231,13 +231,14 @@ class CheckpointTests(SynchronousTestCase):
 
     def test_fillWithinRun(self) -> None:
         """A run of pages of zeros ends where another fill begins."""
-        filled: list[Item] = [
+        filled = [
             zeros(RAM.name, range(20)),
             zeros(RAM.name, range(20, 40), 7),
             zeros(RAM.name, range(40, 60)),
         ]
-        image, _ = readInitial(initial(filled))
-        self.assertEqual(image, applied(filled))
+        writer = RamWriter()
+        events, _ = CheckpointReader(ramAfter(opening(writer))).feed(checkpoint(writer, filled))
+        self.assertEqual(applied(events), applied(filled))
 
     def test_lastOfAnAddress(self) -> None:
         """A page that comes several times in one feed has its last content, and comes once an event."""
