@@ -176,10 +176,16 @@ def restoreStream(
     Pages of zeros of the largest block are left out, since guest RAM begins as zeros; those of the others (firmware,
     ROMs) are sent.
 
-    @param configuration: the configuration section of the initial stream.
+    What the destination must be like with C{shared} (QEMU 7.2): capability C{x-ignore-shared} on, or it says "received
+    capability is on"; the backend C{share=on} over a file with the block's content, and named so that the block has
+    its old name (C{id=pc.ram}, with C{x-use-canonical-path-for-ramblock-id=off} for machines before 4.1); the gpa
+    that is sent for a shared block is compared with its own, which is 0 for a machine's main RAM.
+
+    @param configuration: the configuration section of the initial stream, without C{x-ignore-shared}.
     @param contents: gives the whole content of a block.
     @param deviceState: the device-state blob.
-    @param vmdesc: the JSON of the initial stream; empty if the machine suppresses it.
+    @param vmdesc: JSON; QEMU reads it only to throw it away, so C{{}} serves. Empty only if the machine suppresses it:
+        otherwise QEMU complains, though it goes on.
     @param shared: blocks that the QEMU maps from their image itself (C{x-ignore-shared}): no page of them is sent.
         Their presence changes the grammar: every block of the list carries its gpa, and the configuration names
         the capability, which the destination compares with its own.
