@@ -34,6 +34,9 @@ and counts nanoseconds in 63 bits (C{timer_mod}), which leaves room for two cent
 _BANDWIDTH = 2**40
 """max-bandwidth of the initial stream, bytes/s. QEMU's default of 128 MiB/s slows what the sink throttles anyway."""
 
+_FIRST_DOWNTIME, _LONGEST_DOWNTIME = 300, 2_000_000
+"""downtime-limit of the initial transfer, ms: at first, as is QEMU's default, and at most, as QEMU takes."""
+
 _NOT_WITH_COLO = frozenset(
     {"compress", "multifd", "postcopy-ram", "release-ram", "return-path", "x-ignore-shared"}
 )
@@ -217,11 +220,14 @@ class QemuPrimaryGuest:
             if entry["capability"] == "x-colo" or entry["capability"] in _NOT_WITH_COLO
         ]
         await process.execute("migrate-set-capabilities", {"capabilities": wanted})
-        await process.execute(
-            "migrate-set-parameters", {"x-checkpoint-delay": _NEVER, "max-bandwidth": _BANDWIDTH}
-        )
+        parameters: JsonObject = {
+            "x-checkpoint-delay": _NEVER,
+            "max-bandwidth": _BANDWIDTH,
+            "downtime-limit": _FIRST_DOWNTIME,
+        }
+        await process.execute("migrate-set-parameters", parameters)
         await process.execute("migrate", {"uri": f"unix:{self._paths.colo}"})
-        await exchange.initial(sink)
+        await exchange.initial(_Impatient(sink, process, self.ramBytes))
         self.runState = RunState.COLO
 
     async def _stop(self) -> None:
@@ -322,6 +328,29 @@ class QemuPrimaryGuest:
         if self._exchange is None:
             raise GuestError("the guest is not protected: its initial transfer comes first")
         return self._exchange
+
+
+class _Impatient:
+    """
+    Passes an initial stream on. A guest that changes its RAM faster than the link carries it would never be
+    protected: QEMU gets leave to stop it for twice as long each time all of its RAM has passed once more.
+    """
+
+    def __init__(self, sink: Sink, process: QemuProcess, ramBytes: int) -> None:
+        self._sink = sink
+        self._process = process
+        self._ramBytes = ramBytes
+        self._left = ramBytes
+        self._downtime = _FIRST_DOWNTIME
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """As L{Sink.write}."""
+        self._left -= len(data)
+        if self._left < 0:
+            self._left = self._ramBytes
+            self._downtime = min(2 * self._downtime, _LONGEST_DOWNTIME)
+            await self._process.execute("migrate-set-parameters", {"downtime-limit": self._downtime})
+        await self._sink.write(data)
 
 
 __all__ = ["QemuPrimaryGuest"]

@@ -335,6 +335,25 @@ class ProtectionTests(_GuestCase):
         self.assertEqual(len(self.qemu.answers), 1 + 3 * 2)
         self.assertEqual(self.wanted, [])
 
+    def test_impatience(self):
+        """A guest too busy to be copied is stopped for longer and longer, until it is."""
+        guest = self.launched()
+        self.qemu.silent.add("initial")
+        waiting = guest.transferInitial(_Sink())
+        self.reactor.settle()
+        whole = self.qemu.initial()
+        section = b"".join(self.qemu.writer.part([page("pc.ram", 7, fill) for fill in range(64)]))
+        head, tail = whole[: whole.index(b"\x02\0\0\0\x02")], whole[whole.index(b"\x02\0\0\0\x02") :]
+        self.qemu.tell(head)
+        for _ in range(3):
+            self.qemu.tell(section)
+            self.reactor.settle()
+        self.assertNoResult(waiting)
+        self.qemu.tell(tail)
+        self.done(waiting)
+        limits = [given.get("downtime-limit") for given in self.qemu.named("migrate-set-parameters")]
+        self.assertEqual(limits, [300, 600, 1200, 2400])
+
     def test_wanted(self):
         """A request of QEMU's own is passed on, and used: QEMU is not asked again."""
         guest = self.protected()
