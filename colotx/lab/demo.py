@@ -83,32 +83,38 @@ class Demo:
     async def _round(self, result: RoundResult, name: str) -> None:
         self.say(f"{name}: two hosts, a link, a client; starting the daemons")
         async with ProtectedPair(self._reactor, Path(str(result.logs)), self._settings) as pair:
-            begun = time.monotonic()
-            await pair.start()
-            self.say(f"{name}: protected after {time.monotonic() - begun:.1f} s")
-            await pair.client.start(
-                TrafficSettings(
-                    host=GUEST_ADDRESS.partition("/")[0],
-                    seed=self._seed + result.number,
-                    verdictPort=self._settings.guest.verdictPort,
-                )
+            try:
+                await self._breakAndCheck(pair, result, name)
+            except ColoError as error:
+                raise LabError(f"{error}; {await pair.describe()}") from error
+
+    async def _breakAndCheck(self, pair: ProtectedPair, result: RoundResult, name: str) -> None:
+        begun = time.monotonic()
+        await pair.start()
+        self.say(f"{name}: protected after {time.monotonic() - begun:.1f} s")
+        await pair.client.start(
+            TrafficSettings(
+                host=GUEST_ADDRESS.partition("/")[0],
+                seed=self._seed + result.number,
+                verdictPort=self._settings.guest.verdictPort,
             )
-            self.say(f"{name}: the client's connections are open, every byte is checked")
-            await self._waitForCheckpoints(pair, result)
-            self.say(f"{name}: {result.checkpoints} checkpoints; breaking the primary's {self._kill} now")
-            # The answer to a query comes between two checkpoints: move away from there.
-            await pair.pause(self._random.uniform(0, 2 * self._settings.checkpointDelay / 1000))
-            killed = pair.kill(self._kill)
-            pair.client.mark(killed)
-            await pair.until("the secondary did not go live", FAILOVER_LIMIT, pair.failedOver)
-            result.failover_ms = round((time.monotonic() - killed) * 1000, 1)
-            told = [when for _, _, when in pair.daemons["secondary"].events if when >= killed]
-            result.detection_ms = round((told[0] - killed) * 1000, 1) if told else None
-            self.say(f"{name}: the secondary host runs the guest {result.failover_ms:.0f} ms after that")
-            await pair.pause(_AFTER)
-            report = await pair.client.finish(60)
-            result.take(report)
-            self.say(f"{name}: the client saw a pause of {result.outage_ms} ms; {result.lost} bytes lost")
+        )
+        self.say(f"{name}: the client's connections are open, every byte is checked")
+        await self._waitForCheckpoints(pair, result)
+        self.say(f"{name}: {result.checkpoints} checkpoints; breaking the primary's {self._kill} now")
+        # The answer to a query comes between two checkpoints: move away from there.
+        await pair.pause(self._random.uniform(0, 2 * self._settings.checkpointDelay / 1000))
+        killed = pair.kill(self._kill)
+        pair.client.mark(killed)
+        await pair.until("the secondary did not go live", FAILOVER_LIMIT, pair.failedOver)
+        result.failover_ms = round((time.monotonic() - killed) * 1000, 1)
+        told = [when for _, _, when in pair.daemons["secondary"].events if when >= killed]
+        result.detection_ms = round((told[0] - killed) * 1000, 1) if told else None
+        self.say(f"{name}: the secondary host runs the guest {result.failover_ms:.0f} ms after that")
+        await pair.pause(_AFTER)
+        report = await pair.client.finish(60)
+        result.take(report)
+        self.say(f"{name}: the client saw a pause of {result.outage_ms} ms; {result.lost} bytes lost")
 
     async def _waitForCheckpoints(self, pair: ProtectedPair, result: RoundResult) -> None:
         until = time.monotonic() + self._random.uniform(*_TRAFFIC_BEFORE)

@@ -22,7 +22,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from colotx.certificates import initAuthority, issue
-from colotx.errors import ConfigError, GuestError
+from colotx.errors import ColoError, ConfigError, GuestError
 from colotx.lab.guestimage import VERDICT_PORT, buildGuest, kernelArguments, qemuArguments, qemuBinary
 from colotx.lab.namespaces import GUEST_ADDRESS, LINK_ADDRESSES, Lab
 from colotx.lab.processes import ClientProcess, DaemonProcess, LabError
@@ -206,6 +206,17 @@ class ProtectedPair:
         return bool(
             colo["last-mode"] == "secondary" and colo["mode"] != "secondary" and guest["status"] == "running"
         )
+
+    async def describe(self) -> str:
+        """@return: what the daemons say of the protection now, or that they have ended."""
+        words = []
+        for role, daemon in self.daemons.items():
+            try:
+                state = await daemon.query("query-colotx-status")
+                words.append(f"{role} {state['status']} ({state['why']})")
+            except ColoError as error:
+                words.append(f"{role}: {error}")
+        return "; ".join(words)
 
     async def close(self) -> None:
         """End everything and remove it; the logs stay. Never fails half-way."""

@@ -97,6 +97,9 @@ class FakePair:
 
     async def start(self, *arguments: Any) -> None: ...
 
+    async def describe(self) -> str:
+        return "primary protected"
+
     def mark(self, at: float) -> None: ...
 
     async def finish(self, timeout: float) -> Any:
