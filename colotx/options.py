@@ -82,6 +82,11 @@ Ask a running daemon with `colo status`."""
         _row("spillDir", "directory for what does not fit into memory"),
     ]
 
+    def parseArgs(self, *arguments: str) -> None:
+        """@raise usage.UsageError: there are any: a forgotten dash must not end in a default."""
+        if arguments:
+            raise usage.UsageError(f"{arguments[0]!r} is no option; options begin with --")
+
     def postOptions(self) -> None:
         """Join file and command line, and check. @raise usage.UsageError: what is wrong, in one line."""
         try:
@@ -99,5 +104,5 @@ Ask a running daemon with `colo status`."""
                 return tomllib.load(file)
         except OSError as error:
             raise ConfigError(f"config: {path} cannot be read: {error.strerror}") from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"config: {path} is no TOML: {error}") from None

@@ -9,10 +9,11 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from ipaddress import ip_address
+from ipaddress import AddressValueError, IPv4Interface, NetmaskValueError, ip_address
 from typing import Any
 
 from colotx.errors import ConfigError
+from colotx.ports import parseOutside
 
 DEFAULT_PORT = 7800
 """TCP port of the link between the two daemons."""
@@ -180,7 +181,10 @@ def _parse(field: str, value: Any) -> Any:
         return parseSize(value)
     if field == "qemuArguments":
         if isinstance(value, str):
-            return tuple(shlex.split(value))
+            try:
+                return tuple(shlex.split(value))
+            except ValueError as error:
+                raise ConfigError(f"cannot be split into arguments: {error}") from None
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise ConfigError("must be one string, or a list of strings")
         return tuple(value)
@@ -191,10 +195,10 @@ def _parse(field: str, value: Any) -> Any:
             return value == "yes"
         raise ConfigError(f"{value!r} is neither yes nor no")
     if isinstance(default, int):
-        try:
-            return int(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"{value!r} is no whole number") from None
+        # A fraction or a yes of a TOML file would pass int() with another value than the operator meant.
+        if isinstance(value, bool) or not re.fullmatch(r"-?\d+", str(value).strip()):
+            raise ConfigError(f"{value!r} is no whole number")
+        return int(value)
     if not isinstance(value, str):
         raise ConfigError(f"{value!r} must be a string")
     return value
@@ -219,6 +223,14 @@ def buildSettings(values: Mapping[str, Any]) -> Settings:
     settings = Settings(**parsed)
     _check(settings)
     return settings
+
+
+def _isInterface(text: str) -> bool:
+    try:
+        IPv4Interface(text)
+    except (AddressValueError, NetmaskValueError):
+        return False
+    return True
 
 
 def _check(settings: Settings) -> None:
@@ -247,6 +259,17 @@ def _check(settings: Settings) -> None:
     )
     need(settings.memorySize >= 1 << 20, "memorySize", "must be at least 1M")
     need(settings.memorySize % 4096 == 0, "memorySize", "must be a multiple of 4096 bytes")
+    address = settings.memoryAddress
+    need(
+        _isInterface(address),
+        "memoryAddress",
+        f"{address!r} is no IPv4 address and prefix length (10.0.0.10/24)",
+    )
+    try:
+        # A secondary makes its port at the failover only, much too late for a wrong name.
+        parseOutside(settings.outside)
+    except ConfigError as error:
+        need(False, "outside", str(error))
     need(settings.memoryDirty >= 0, "memoryDirty", "must not be negative")
     given = [bool(settings.ca), bool(settings.certificate), bool(settings.key)]
     need(all(given) or not any(given), "ca", "ca, certificate and key belong together: give all three")

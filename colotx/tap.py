@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 from twisted.application.service import IService
-from twisted.python import usage
 
 from colotx.errors import ColoError
 from colotx.options import Options
@@ -18,7 +17,7 @@ __all__ = ["Options", "makeService"]
 def makeService(options: Options, reactor: Any = None) -> IService:
     """
     @param reactor: for tests; by default the one twistd runs.
-    @raise usage.UsageError: the settings cannot work on this machine; one line that says why.
+    @raise SystemExit: the settings cannot work on this machine; one line that says why, and exit code 1.
     """
     if reactor is None:
         from twisted.internet import reactor
@@ -35,4 +34,5 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     try:
         return ColoService(options.settings, reactor, quit)
     except ColoError as error:
-        raise usage.UsageError(str(error)) from None
+        # twistd shows a UsageError in one line only while it parses options; from here it would be a traceback.
+        raise SystemExit(f"twistd colo: {error}") from None
