@@ -43,8 +43,7 @@ from colotx.session import ControlConnection, Heartbeat, Session
 MAX_STRANGERS = 32
 """Connections that may be within their TLS handshake at the same time; one more, and the oldest is dropped."""
 
-_SESSION_ID = 36
-"""Bytes of a session id in text form, the first ones on every channel but control."""
+_SESSION_ID = 36  # bytes of a session id in text form, the first ones on every channel but control
 
 Reactor = Any
 """IReactorTCP, IReactorTime and IReactorPluggableNameResolver at once; zope.interface has no intersections."""
@@ -297,11 +296,11 @@ class LinkListener:
 
     def _unwelcome(self, failure: Failure, channel: Channel) -> None:
         error = failure.value
-        if not isinstance(error, ColoError):
+        if isinstance(error, ColoError):
+            self._log.warn("no session with {peer}: {reason}", peer=channel.peer, reason=str(error))
+        else:
             self._log.failure("no session with {peer}", failure, peer=channel.peer)
             channel.end(PeerError("internal error, see the log"))
-            return
-        self._log.warn("no session with {peer}: {reason}", peer=channel.peer, reason=str(error))
         if isinstance(error, HelloRefused):
             self._owner.linkRefused(error)
 
@@ -316,7 +315,8 @@ class LinkListener:
         if self._candidate is not None:
             self._candidate.end(PeerLost("the same instance dialed again"))
         if self.session is not None:
-            self.session.end(PeerLost("the same instance dialed again"))
+            # No PeerLost: whoever dials is not dead.
+            self.session.end(PeerError("the same instance dialed again"))
 
     def _sessionLost(self, error: PeerError, session: Session) -> None:
         _logLost(self._log, session, error)
@@ -363,8 +363,7 @@ class LinkDialer:
     def start(self) -> None:
         """Begin to dial."""
         self._stopping = False
-        self._running = Deferred.fromCoroutine(self._run())
-        self._running.addErrback(_stopped)
+        self._running = Deferred.fromCoroutine(self._run()).addErrback(_stopped)
 
     async def stop(self) -> None:
         """Dial no more, end the session, wait until its connections are closed. Harmless when stopped."""

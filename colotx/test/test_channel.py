@@ -44,7 +44,7 @@ class App(Protocol):
 class Wire(StringTransport):
     """The transport below TLS; remembers what was asked of it."""
 
-    options = frozenset()
+    options: frozenset[tuple[str, bool]] = frozenset()
 
     def setTcpNoDelay(self, enabled):
         self.options |= {("noDelay", enabled)}

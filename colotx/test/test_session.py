@@ -107,7 +107,7 @@ class End:
 
 
 class SessionCase(SynchronousTestCase):
-    kinds = ChannelKind.CONTROL, ChannelKind.COLO
+    kinds: tuple[ChannelKind, ...] = (ChannelKind.CONTROL, ChannelKind.COLO)
 
     def setUp(self):
         self.clock = Clock()
