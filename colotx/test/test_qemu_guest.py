@@ -252,6 +252,7 @@ class LaunchTests(_GuestCase):
         for _ in range(100):
             self.qemu.protocol.childDataReceived(2, b"x" * 1000 + b"\n")
         self.qemu.protocol.childDataReceived(1, b"y" * 1000)
+        self.assertLess(len(self.qemu.protocol._tail), 5000)
         self.qemu.die("the last word")
         self.assertLess(len(str(self.lost[0])), 700)
         self.assertIn("the last word", str(self.lost[0]))
