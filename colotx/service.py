@@ -110,7 +110,7 @@ class ColoService(MultiService):
             self._dial()
 
     def _startFailed(self, failure: Failure) -> None:
-        if failure.check(ColoError):
+        if isinstance(failure.value, ColoError):
             self.log.critical("cannot start: {reason}", reason=failure.getErrorMessage())
         else:
             self.log.failure("cannot start", failure)
@@ -124,12 +124,16 @@ class ColoService(MultiService):
         return done
 
     async def _stop(self) -> None:
+        failover = self.role.failover
+        if failover.underWay:
+            # Let it end first: half a guest could not be ended.
+            await maybeDeferred(lambda: failover.running).addErrback(lambda failure: None)
         await self.role.stop()
         if self._dialer is not None:
             await self._dialer.stop()
         if self._listener is not None:
             await self._listener.stop()
-        await MultiService.stopService(self)
+        await MultiService.stopService(self)  # type: ignore[no-untyped-call]
 
     def _linkSettings(self) -> LinkSettings:
         settings = self._settings
@@ -218,6 +222,7 @@ class ColoService(MultiService):
         standby = self.role
         assert isinstance(standby, SecondaryRole)
         self.role = primary = PrimaryRole(self._around, guest, addresses)
+        await standby.release()
         await primary.goOn(grant)
         self._lastFailover = {
             "epoch": grant.epoch,
@@ -226,7 +231,6 @@ class ColoService(MultiService):
             "takeover-ms": round((self._reactor.seconds() - self._detected) * 1000, 3),
         }
         self.log.warn("failover: the guest runs here: {facts}", facts=self._lastFailover)
-        await standby.release()
         if self._settings.peer is not None:
             self._dial()
 

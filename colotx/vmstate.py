@@ -386,4 +386,6 @@ def checkDeviceState(blob: bytes) -> None:
     name = blob[6 : 6 + blob[5]] if len(blob) > 6 else b""
     begins = blob[:1] == b"\x04" and bool(name) and name.isascii() and name.decode("ascii").isprintable()
     if not begins or blob[-1:] != b"\x00" or blob[-6:-5] != b"\x7e":
-        raise StreamError(f"{len(blob)} bytes came as device state, but they are no sections of a migration stream")
+        raise StreamError(
+            f"{len(blob)} bytes came as device state, but they are no sections of a migration stream"
+        )
