@@ -205,11 +205,11 @@ class RamReader:
                 break
             ahead = pos + RUN * stride + 7
             if ahead < end and view[ahead] == flags:
-                count = _runLength(view, pos, stride, flags)
-                if count >= RUN:
+                addresses = _run(view, pos, stride, flags)
+                if len(addresses) >= RUN:
                     self._noted(view, places, events)
-                    self._emit(view, np.arange(pos, pos + count * stride, stride), flags, events)
-                    pos += count * stride
+                    self._emitRun(view, pos, stride, addresses, events)
+                    pos += len(addresses) * stride
                     continue
             places.append(pos)
             pos += stride
@@ -219,19 +219,31 @@ class RamReader:
     def _noted(self, view: memoryview, places: list[int], events: list[RamEvent]) -> None:
         """Emit the noted records and forget them."""
         if len(places) > 1:
-            self._emit(view, np.array(places, np.intp), None, events)
+            self._emit(view, np.array(places, np.intp), events)
         elif places:
             self._single(view, places[0], view[places[0] + 7], events)
         places.clear()
 
-    def _emit(
-        self, view: memoryview, places: NDArray[np.intp], flags: int | None, events: list[RamEvent]
+    def _emitRun(
+        self, view: memoryview, pos: int, stride: int, addresses: NDArray[np.uint64], events: list[RamEvent]
     ) -> None:
+        """Records of one kind in a row, as one event."""
+        count = len(addresses)
+        if not (addresses[1:] > addresses[:-1]).all():
+            self._emit(view, np.arange(pos, pos + count * stride, stride), events)
+            return
+        block = self._blockOf(int(addresses[-1]))
+        if stride == ZERO_STRIDE:
+            events.append(Zeros(block.name, addresses, 0))
+        else:
+            data: NDArray[np.uint8] = np.ndarray((count, PAGE_SIZE), np.uint8, view, pos + 8, (stride, 1))
+            events.append(Pages(block.name, addresses, data))
+
+    def _emit(self, view: memoryview, places: NDArray[np.intp], events: list[RamEvent]) -> None:
         """
         Whole-page records of the current block, as one event a kind. Of several for one page the last one counts.
 
         @param places: where the records begin, ascending; at least two.
-        @param flags: of all of them, None if they differ.
         """
         headers = _at(view, places)
         addresses = headers & _ADDRESS
@@ -240,17 +252,13 @@ class RamReader:
             last = len(addresses) - 1 - first
             places, headers, addresses = places[last], headers[last], addresses[last]
         block = self._blockOf(int(addresses[-1]))
-        if flags is None:
-            arePages = (headers & _PAGE).astype(np.bool_)
-            zeros = addresses[~arePages]
-            if len(zeros):
-                events.append(Zeros(block.name, zeros, 0))
-            places, addresses = places[arePages], addresses[arePages]
-        elif flags == ZERO_AGAIN:
-            events.append(Zeros(block.name, addresses, 0))
-            return
-        if len(places):
-            events.append(Pages(block.name, addresses, _payloads(view, places + 8)))
+        arePages = (headers & _PAGE).astype(np.bool_)
+        zeros = addresses[~arePages]
+        if len(zeros):
+            events.append(Zeros(block.name, zeros, 0))
+        if len(zeros) < len(addresses):
+            data = _payloads(view, places[arePages] + 8)
+            events.append(Pages(block.name, addresses[arePages], data))
 
     def _blockOf(self, highest: int) -> RamBlock:
         """The current block, which must reach beyond the page at C{highest}."""
@@ -347,19 +355,19 @@ def _payloads(view: memoryview, places: NDArray[np.intp]) -> NDArray[np.uint8]:
     return anywhere[places]
 
 
-def _runLength(view: memoryview, pos: int, stride: int, flags: int) -> int:
-    """How many whole records at C{pos} have these flags (and, of ZERO records, the fill 0)."""
-    count, window, room = 0, 4 * RUN, (len(view) - pos) // stride
-    while count < room:
-        size = min(window, room - count)
-        at = pos + count * stride
-        headers: NDArray[np.uint64] = np.ndarray((size,), _u64, view, at, (stride,))
-        other = headers & _FLAGS != flags
+def _run(view: memoryview, pos: int, stride: int, flags: int) -> NDArray[np.uint64]:
+    """The addresses of the whole records in a row at C{pos} with these flags (and, of ZERO records, the fill 0)."""
+    room = (len(view) - pos) // stride
+    size = min(4 * RUN, room)
+    while True:
+        headers: NDArray[np.uint64] = np.ndarray((size,), _u64, view, pos, (stride,))
+        addresses = headers.astype(np.uint64)
+        addresses ^= np.uint64(flags)
+        other = addresses & _FLAGS
         if stride == ZERO_STRIDE:
-            fills: NDArray[np.uint8] = np.ndarray((size,), np.uint8, view, at + 8, (stride,))
-            other |= fills != 0
+            other |= np.ndarray((size,), np.uint8, view, pos + 8, (stride,))
         if other.any():
-            return count + int(other.argmax())
-        count += size
-        window *= 4
-    return count
+            return addresses[: (other != 0).argmax()]
+        if size == room:
+            return addresses
+        size = min(4 * size, room)
