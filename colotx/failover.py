@@ -6,7 +6,7 @@ C{migration/colo-failover.c})::
 
     NONE --request--> REQUIRE --perform--> ACTIVE --granted, steps done--> COMPLETED
                                              | |
-                      a checkpoint is loaded | | not granted
+                      a checkpoint is loaded | | not granted, or a step failed
                                              v v
     NONE (and requested again) <---- RELAUNCH   NONE
 
@@ -117,12 +117,17 @@ class FailoverService:
         self.state = FailoverState()
         self.running: Deferred[None] | None = None
 
+    @property
+    def underWay(self) -> bool:
+        """Whether one was requested and has not ended."""
+        return self.running is not None and not self.running.called
+
     def request(self, cause: FailoverCause) -> Deferred[None]:
         """
         Start a failover.
 
         @return: a Deferred that fires when this side goes on alone, and fails with L{FailoverError} when it was not
-            granted, or with what stopped it.
+            granted, or with what stopped it; then it can be requested again.
         @raise FailoverError: no COLO mode, or one is already activated (QEMU's rule: a second request is refused).
         """
         if self._role.mode is ColoMode.NONE:
@@ -168,7 +173,12 @@ class FailoverService:
                 "make sure the other host is off, then say `colo failover` here"
             )
         mode = role.mode
-        await role.shutTransport(cause)
-        state.compareAndSet(FailoverStatus.ACTIVE, FailoverStatus.COMPLETED)
-        await role.goLive(grant)
+        try:
+            await role.shutTransport(cause)
+            state.compareAndSet(FailoverStatus.ACTIVE, FailoverStatus.COMPLETED)
+            await role.goLive(grant)
+        except BaseException:
+            # Nothing serves now. An operator who mended the cause must be able to say it again.
+            state.compareAndSet(state.status, FailoverStatus.NONE)
+            raise
         self._onExit(mode, "request")

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred, ensureDeferred, succeed
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from colotx.announce import AddressTable, Announcer
@@ -24,11 +25,14 @@ from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
 from colotx.ports import parseOutside
 from colotx.replication import NoReplication
-from colotx.role import ControlMessage, PeerResync, Surroundings
+from colotx.role import PEER_DIED, ControlMessage, PeerResync, Surroundings
 from colotx.spool import BufferPool, Spool
 from colotx.statistics import CheckpointRecord
 from colotx.status import Protection
 from colotx.trigger import CheckpointTrigger
+
+DEATH_KNELL = 0.5
+"""Seconds a guest that broke its part of the exchange has to turn out dead."""
 
 RESYNC_GRACE = 2.0
 """Seconds a peer that lives has to come back with a new session before it counts as lost."""
@@ -65,7 +69,6 @@ class PrimaryRole:
         self._pool = BufferPool(settings.spoolMemory)
         self._session: Any = None
         self._protection: Deferred[None] = succeed(None)
-        self._launching: Deferred[None] | None = None
         self._grace: Any = None
         self._announcer: Announcer | None = None
         self._outranked = False
@@ -83,14 +86,8 @@ class PrimaryRole:
         @raise colotx.errors.ConfigError: the outside port cannot be opened.
         @raise GuestError: the guest does not start.
         """
-        await self.outside.open()
         if self._around.store.current.protected:
-            self.mode = ColoMode.PRIMARY
-            self._set(
-                Protection.DEGRADED,
-                "this daemon stopped while the peer held a checkpoint: the peer may run the guest now",
-                "nothing runs here; `colo failover` starts the guest here if the other host is certainly off",
-            )
+            self._wait("when this daemon stopped, the peer could go on with the guest: it may run there now")
             return
         await self._launch()
         self._set(
@@ -101,19 +98,27 @@ class PrimaryRole:
         """
         Run a promoted guest: its output is ungated, its neighbours are told where it is now.
 
-        @raise GuestError: the guest does not start.
+        @raise ColoError: the guest does not start, or the outside port cannot be opened; a failover tries again.
         """
-        await self.outside.open()
-        await self._launch()
-        self._announcer = Announcer(self._around.reactor, self.outside, self.addresses)
-        self._announcer.start()
+        try:
+            await self._launch()
+        except ColoError as error:
+            self._wait(f"the guest could not go on here: {error}")
+            raise
         self._alone(grant)
+
+    def _wait(self, why: str) -> None:
+        """Run nothing until a secondary is there, or an operator says so."""
+        self.mode = ColoMode.PRIMARY
+        self._set(
+            Protection.DEGRADED,
+            why,
+            "nothing runs here; `colo failover` starts the guest here if the other host is certainly off",
+        )
 
     async def stop(self) -> None:
         """End the guest, tell the peer that it is certainly dead, release everything."""
-        if self._grace is not None:
-            self._grace.cancel()
-            self._grace = None
+        self._cancelGrace()
         if self._announcer is not None:
             self._announcer.stop()
         session, self._session = self._session, None
@@ -182,30 +187,30 @@ class PrimaryRole:
         return None
 
     def refused(self, reason: str) -> None:
-        """The peer refused this primary."""
+        """This side or the other refused a session; it may have been a stranger's."""
+        if self._session is not None:
+            return
         if self.mode is ColoMode.PRIMARY:
-            self._set(
-                Protection.DEGRADED, f"output is held; the peer refused us: {reason}", "nothing changes"
-            )
-        else:
+            held = "output is held" if self.launched else "nothing runs here"
+            self._set(Protection.DEGRADED, f"{held}; a session was refused: {reason}", "nothing changes")
+        elif self.launched:
             self._set(
                 Protection.UNPROTECTED,
-                f"the peer refused us: {reason}",
+                f"a session was refused: {reason}",
                 "the guest is lost if this host dies",
             )
 
     def sessionEstablished(self, session: Any) -> None:
         """A secondary is there, so no guest runs on the other host: protect this one."""
-        if self._grace is not None:
-            self._grace.cancel()
-            self._grace = None
-        if self.failover.state.requested and self.failover.running is not None:
+        self._cancelGrace()
+        if self.failover.underWay:
             session.close("a failover is under way")
             return
         self._session = session
+        self._outranked = False
+        self.failover = FailoverService(self, self._exited)
         session.control.onMessage = self._fromPeer
-        self._protection = ensureDeferred(self._protect(session))
-        self._protection.addErrback(self._bug)
+        self._protection = ensureDeferred(self._protect(session, self._protection))
 
     def _fromPeer(self, message: dict[str, Any]) -> None:
         kind, reason = message.get("type"), str(message.get("reason"))[:200]
@@ -213,8 +218,26 @@ class PrimaryRole:
             self._end(PeerResync(f"the secondary wants a new session: {reason}"))
         elif kind == ControlMessage.STANDBY_GONE:
             self.mode = ColoMode.NONE
+            self._remember(False)
+            self._end(PeerLost(f"the secondary left: {reason}"))
         elif kind == ControlMessage.TAKEN_OVER:
+            # Whatever this side knew of the peer's checkpoints, the guest speaks over there now.
+            self.gate.shut()
             self._outranked = True
+            self.mode = ColoMode.PRIMARY
+            self._remember(True)
+            self._end(PeerLost(f"the guest goes on at the peer: {reason}"))
+
+    def _remember(self, protected: bool) -> None:
+        """For the next start, which waits when the peer may run the guest."""
+        try:
+            self._save(protected)
+        except ColoError as error:
+            self.log.error("{error}", error=error)
+
+    def _save(self, protected: bool) -> None:
+        state = self._around.store.current
+        self._around.store.save(replace(state, role="primary", protected=protected))
 
     def _tellAddresses(self) -> None:
         if self._session is not None:
@@ -224,12 +247,28 @@ class PrimaryRole:
 
     # -- protection
 
-    async def _protect(self, session: Any) -> None:
+    async def _protect(self, session: Any, before: Deferred[None]) -> None:
+        # The protection before may still be on its way out of the guest, which can be in one only.
+        await before
+        if session is not self._session:
+            return
+        try:
+            if session.error is not None:
+                raise session.error
+            await self._process(session)
+        except GuestError as error:
+            await self._untilDead(session)
+            self._over(session, error)
+        except ColoError as error:
+            self._over(session, error)
+        except Exception as error:
+            self.log.failure("the protection ended unexpectedly")
+            self._over(session, ColoError(f"internal error, see the log: {error!r}"))
+
+    async def _process(self, session: Any) -> None:
         settings = self._around.settings
         # The peer is a secondary again: whatever checkpoint it had before is void, and so is what was held for it.
         self.mode = ColoMode.NONE
-        self._outranked = False
-        self.failover = FailoverService(self, self._exited)
         process = PrimaryProcess(
             self._around.reactor,
             self.guest,
@@ -243,27 +282,38 @@ class PrimaryRole:
             onExposed=self._exposed,
             onCommitted=self._committed,
         )
-        try:
-            if not self.launched:
-                await self._launch()
-            self.gate.open()
-            self._tellAddresses()
-            self._set(
-                Protection.RESYNCING,
-                f"the guest's state is on its way to {session.peer.instance}",
-                "the guest runs on here, unprotected",
-            )
-            await process.run(session.colo)
-        except ColoError as error:
-            self.log.info("protection ended: {error}", error=error)
-            if session is self._session:
-                self._session = None
-                lost = session.error is not None
-                if not lost:
-                    session.control.send({"type": ControlMessage.RESYNC, "reason": str(error)})
-                session.close(str(error))
-                if not self.failover.state.requested and not isinstance(error, FailoverRequested):
-                    self._ended(session.error if lost else error, died=lost)
+        await self._launch()
+        # Launching took its time: the peer's operator may have said another thing meanwhile.
+        session.colo.checkOpen()
+        self.gate.open()
+        self._tellAddresses()
+        self._set(
+            Protection.RESYNCING,
+            f"the guest's state is on its way to {session.peer.instance}",
+            "the guest runs on here, unprotected",
+        )
+        await process.run(session.colo)
+
+    def _over(self, session: Any, error: ColoError) -> None:
+        self.log.info("protection ended: {error}", error=error)
+        if session is not self._session:
+            return
+        self._session = None
+        # A peer that asked for a new session has closed the old one by now: that is no death.
+        resync = isinstance(error, PeerResync)
+        died = isinstance(session.error, PEER_DIED) and not resync
+        why = error if resync else session.error or error
+        if session.error is None:
+            session.control.send({"type": ControlMessage.RESYNC, "reason": str(error)})
+            session.close(str(error))
+        if not self.failover.state.requested and not isinstance(error, FailoverRequested):
+            self._ended(why, died)
+
+    async def _untilDead(self, session: Any) -> None:
+        """A guest that dies fails what is under way before it is known to be dead; dead is what the peer must hear."""
+        deadline = self._around.reactor.seconds() + DEATH_KNELL
+        while session is self._session and self._around.reactor.seconds() < deadline:
+            await deferLater(self._around.reactor, DEATH_KNELL / 50)
 
     def _end(self, error: ColoError) -> None:
         """End the session by a fault that is no death."""
@@ -271,8 +321,8 @@ class PrimaryRole:
             self._session.colo.fail(error)
 
     def _exposed(self) -> None:
+        self._save(True)
         self.mode = ColoMode.PRIMARY
-        self._around.store.save(replace(self._around.store.current, role="primary", protected=True))
 
     def _committed(self, record: CheckpointRecord) -> None:
         if record.number == 0:
@@ -286,6 +336,9 @@ class PrimaryRole:
 
     def _ended(self, error: ColoError, died: bool) -> None:
         if self.mode is not ColoMode.PRIMARY:
+            if not self.launched:
+                self._wait(str(error))
+                return
             # The peer holds nothing it could go on from, so nothing needs to be held here.
             self.gate.open()
             self._set(
@@ -311,11 +364,11 @@ class PrimaryRole:
         self._peerLost(error)
 
     def _peerLost(self, error: ColoError) -> None:
-        done = self.failover.request(FailoverCause(str(error)))
-        done.addErrback(self._held)
+        self.failover.request(FailoverCause(str(error))).addErrback(self._held)
 
     def _held(self, failure: Any) -> None:
-        failure.trap(ColoError)
+        if failure.check(ColoError) is None:
+            self.log.failure("the failover failed", failure)
         self.log.warn("{reason}", reason=failure.getErrorMessage())
         self._around.emit("COLO_EXIT", {"mode": "primary", "reason": "error"})
 
@@ -327,6 +380,7 @@ class PrimaryRole:
 
     async def shutTransport(self, cause: FailoverCause) -> None:
         """See L{colotx.failover.IFailoverRole}. The guest runs on, out of COLO mode, when this is done."""
+        self._cancelGrace()
         session, self._session = self._session, None
         if session is not None:
             session.control.send({"type": ControlMessage.TAKEN_OVER, "reason": cause.reason})
@@ -337,8 +391,7 @@ class PrimaryRole:
     async def goLive(self, grant: Grant) -> None:
         """See L{colotx.failover.IFailoverRole}."""
         await self.replication.stopAll(True)
-        if not self.launched:
-            await self._launch()
+        await self._launch()
         self.gate.open()
         self._alone(grant)
 
@@ -356,16 +409,24 @@ class PrimaryRole:
     # -- the guest
 
     async def _launch(self) -> None:
-        if self._launching is None:
-            self._launching = ensureDeferred(self._launchOnce())
-        await self._launching
-
-    async def _launchOnce(self) -> None:
-        await self.guest.launch()
+        """Harmless when it runs. @raise ColoError: it does not, and can be tried again."""
+        if self.launched:
+            return
+        await self.outside.open()
+        try:
+            await self.guest.launch()
+        except BaseException:
+            await self.outside.close()
+            raise
         self.launched = True
+        if self.addresses.sightings:
+            # It was known elsewhere before.
+            self._announcer = Announcer(self._around.reactor, self.outside, self.addresses)
+            self._announcer.start()
 
     def _guestLost(self, error: GuestError) -> None:
         self.log.error("the guest is lost: {error}", error=error)
+        self._cancelGrace()
         self.gate.shut()
         self.launched = False
         session, self._session = self._session, None
@@ -385,6 +446,7 @@ class PrimaryRole:
     def _set(self, protection: Protection, why: str, consequence: str) -> None:
         self._around.status.set(protection, why, consequence)
 
-    def _bug(self, failure: Any) -> None:
-        self.log.failure("the protection ended unexpectedly", failure)
-        self._end(ColoError(failure.getErrorMessage()))
+    def _cancelGrace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from colotx.certificates import Credentials
-from colotx.errors import PeerError
+from colotx.errors import PeerError, PeerLost, PeerTimeout
 from colotx.failover import FailoverCause
 from colotx.interfaces import Grant
 from colotx.settings import Settings
@@ -89,3 +89,7 @@ class ControlMessage:
 
 class PeerResync(PeerError):
     """The peer lives and asked for a new session."""
+
+
+PEER_DIED = (PeerLost, PeerTimeout)
+"""A session that ended so means that the peer is gone. Any other end is the fault of a peer that lives."""

@@ -19,7 +19,7 @@ from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
 from colotx.primary import RESYNC_GRACE
 from colotx.replication import NoReplication
-from colotx.role import ControlMessage, PeerResync, Surroundings
+from colotx.role import PEER_DIED, ControlMessage, PeerResync, Surroundings
 from colotx.status import Protection
 
 ALONE = "nothing runs here, and nothing could"
@@ -100,6 +100,8 @@ class SecondaryRole:
     def judge(self, hello: Hello) -> str | None:
         """@return: why the peer's hello is refused, or None."""
         epoch = self._around.store.current.epoch
+        if self.failover.state.requested:
+            return "a failover is under way: this side is about to run the guest"
         if hello.role != "primary":
             return "two secondaries: start one of the daemons with --role=primary"
         if hello.epoch < epoch:
@@ -112,34 +114,48 @@ class SecondaryRole:
         """A primary is there."""
         self._cancelGrace()
         if self.failover.state.requested:
-            session.close("a failover is under way")
+            reason = "a failover is under way"
+            session.control.send({"type": ControlMessage.TAKEN_OVER, "reason": reason})
+            session.close(reason)
             return
-        self._session = session
-        session.control.onMessage = self._fromPeer
-        self._around.store.save(
-            replace(self._around.store.current, epoch=session.peer.epoch, role="secondary")
-        )
         # From now on the primary serves ungated until the next initial transfer is whole.
         self._superseded = self.standby.checkpoint > 0
+        # Started as primary one day, this host must not boot a second guest.
+        self._around.store.save(
+            replace(self._around.store.current, epoch=session.peer.epoch, role="secondary", protected=True)
+        )
+        self._session = session
+        session.control.onMessage = self._fromPeer
         self.failover = FailoverService(self, self._exited)
         self._set(Protection.RESYNCING, f"receiving from {session.peer.instance}", ALONE)
-        self._protection = ensureDeferred(self._protect(session))
-        self._protection.addErrback(self._bug)
+        self._protection = ensureDeferred(self._protect(session, self._protection))
 
     def _fromPeer(self, message: dict[str, Any]) -> None:
         kind, reason = message.get("type"), str(message.get("reason"))[:200]
         if kind == ControlMessage.ADDRESSES:
-            self.addresses = AddressTable.decode(message.get("sightings"))
+            self._learn(message.get("sightings"))
         elif kind == ControlMessage.RESYNC:
             self._fail(PeerResync(f"the primary wants a new session: {reason}"))
         elif kind == ControlMessage.GUEST_LOST:
             self._takeOver(FailoverCause(f"the primary's guest is dead: {reason}", forced=True))
         elif kind == ControlMessage.TAKEN_OVER:
             self._superseded = True
+            # A checkpoint still on its way would look newer than what the primary says from now on.
+            self._fail(PeerLost(f"the primary goes on alone: {reason}"))
+
+    def _learn(self, sightings: Any) -> None:
+        try:
+            self.addresses = AddressTable.decode(sightings)
+        except ColoError as error:
+            self._fail(error)
 
     # -- protection
 
-    async def _protect(self, session: Any) -> None:
+    async def _protect(self, session: Any, before: Deferred[None]) -> None:
+        # The protection before forgets what is staged when it ends: that must not be this one's.
+        await before
+        if session is not self._session:
+            return
         self._process = process = SecondaryProcess(
             self._around.reactor,
             self.standby,
@@ -151,15 +167,25 @@ class SecondaryRole:
         try:
             await process.run(session.colo)
         except ColoError as error:
-            self.log.info("protection ended: {error}", error=error)
-            if session is self._session:
-                self._session = None
-                lost = session.error is not None
-                if not lost:
-                    session.control.send({"type": ControlMessage.RESYNC, "reason": str(error)})
-                session.close(str(error))
-                if not self.failover.state.requested and not isinstance(error, FailoverRequested):
-                    self._ended(session.error if lost else error, died=lost)
+            self._over(session, error)
+        except Exception as error:
+            self.log.failure("the protection ended unexpectedly")
+            self._over(session, ColoError(f"internal error, see the log: {error!r}"))
+
+    def _over(self, session: Any, error: ColoError) -> None:
+        self.log.info("protection ended: {error}", error=error)
+        if session is not self._session:
+            return
+        self._session = None
+        # A peer that asked for a new session has closed the old one by now: that is no death.
+        resync = isinstance(error, PeerResync)
+        died = isinstance(session.error, PEER_DIED) and not resync
+        why = error if resync else session.error or error
+        if session.error is None:
+            session.control.send({"type": ControlMessage.RESYNC, "reason": str(error)})
+            session.close(str(error))
+        if not self.failover.state.requested and not isinstance(error, FailoverRequested):
+            self._ended(why, died)
 
     def _committed(self, number: int) -> None:
         self._superseded = False
@@ -173,7 +199,14 @@ class SecondaryRole:
         )
 
     def _ended(self, error: ColoError, died: bool) -> None:
-        if self.mode is not ColoMode.SECONDARY or self._superseded:
+        if self.mode is ColoMode.SECONDARY and self._superseded:
+            self._set(
+                Protection.UNPROTECTED,
+                f"the checkpoint held here is older than what the primary said since: {error}",
+                "nothing runs here; `colo failover` goes on from the old checkpoint all the same",
+            )
+            return
+        if self.mode is not ColoMode.SECONDARY:
             self._set(
                 Protection.UNPROTECTED, f"the primary was lost before a checkpoint was whole: {error}", ALONE
             )
@@ -245,8 +278,3 @@ class SecondaryRole:
     def _fail(self, error: ColoError) -> None:
         if self._session is not None:
             self._session.colo.fail(error)
-
-    def _bug(self, failure: Any) -> None:
-        self.log.failure("the protection ended unexpectedly", failure)
-        if self._session is not None:
-            self._session.close(failure.getErrorMessage())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -124,10 +125,11 @@ class ColoService(MultiService):
         return done
 
     async def _stop(self) -> None:
-        failover = self.role.failover
-        if failover.underWay:
-            # Let it end first: half a guest could not be ended.
-            await maybeDeferred(lambda: failover.running).addErrback(lambda failure: None)
+        running = self.role.failover.running
+        if running is not None and not running.called:
+            # Half a guest could not be ended; who asked for the failover hears what came of it.
+            with suppress(Exception):
+                await running
         await self.role.stop()
         if self._dialer is not None:
             await self._dialer.stop()
@@ -222,8 +224,10 @@ class ColoService(MultiService):
         standby = self.role
         assert isinstance(standby, SecondaryRole)
         self.role = primary = PrimaryRole(self._around, guest, addresses)
-        await standby.release()
-        await primary.goOn(grant)
+        try:
+            await primary.goOn(grant)
+        finally:
+            await standby.release()
         self._lastFailover = {
             "epoch": grant.epoch,
             "granted-by": grant.source,

@@ -20,7 +20,7 @@ class PersistentState:
     """
     @ivar epoch: the generation, above 0; it grows by one with every failover.
     @ivar role: what this host was: C{primary}, C{secondary}, or empty before the first start.
-    @ivar protected: the peer held a checkpoint: after a restart it may have gone on alone.
+    @ivar protected: the peer held a checkpoint, or ran the guest: after a restart of this daemon it may run it.
     """
 
     epoch: int = 1
