@@ -21,7 +21,7 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from colotx.errors import ColoError, UnexpectedMessage
+from colotx.errors import ColoError, GuestError, GuestLost, UnexpectedMessage
 from colotx.failover import FailoverService
 from colotx.interfaces import ColoMode
 from colotx.protocol import ColoConnection, ColoMessage, WholeStream, encodeMessage
@@ -158,7 +158,8 @@ class PrimaryProcess:
         Protect the guest over C{wire} until something ends it. The guest is left running, out of COLO mode,
         however this ends; the gate is left as it is: whoever decides about the failover opens it.
 
-        @raise ColoError: what ended it; L{FailoverRequested} when a failover did. It never returns normally.
+        @raise ColoError: what ended it; L{FailoverRequested} when a failover did; L{GuestLost} when the guest could not
+            be made to run on. It never returns normally.
         """
         try:
             await self._initial(wire)
@@ -173,7 +174,14 @@ class PrimaryProcess:
             raise
         finally:
             self.trigger.disarm()
+            await self._release()
+
+    async def _release(self) -> None:
+        """@raise GuestLost: the guest does not run on: it is as good as dead."""
+        try:
             await self._guest.endProtection()
+        except GuestError as error:
+            raise GuestLost(f"the guest does not run on: {error}") from error
 
     async def _due(self, wire: ColoConnection) -> str:
         """Wait for a trigger, or for the end of the channel."""

@@ -19,7 +19,7 @@ from twisted.logger import Logger
 from colotx.announce import AddressTable, Announcer
 from colotx.checkpoint import FailoverRequested, PrimaryProcess
 from colotx.compare import OutputGate
-from colotx.errors import ColoError, GuestError, PeerLost
+from colotx.errors import ColoError, GuestError, GuestLost, PeerLost
 from colotx.failover import FailoverCause, FailoverService
 from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
@@ -159,9 +159,7 @@ class PrimaryRole:
     # -- frames
 
     def _fromGuest(self, frames: Sequence[bytes]) -> None:
-        known = len(self.addresses.sightings)
-        self.addresses.observe(frames)
-        if len(self.addresses.sightings) != known:
+        if self.addresses.observe(frames):
             self._tellAddresses()
         self.gate.hold(frames)
 
@@ -256,6 +254,12 @@ class PrimaryRole:
             if session.error is not None:
                 raise session.error
             await self._process(session)
+        except GuestLost as error:
+            await self._untilDead(session)
+            if session is self._session:
+                # It is not dead, but it does not run on either: a guest that is frozen for good must make way.
+                await self.guest.shutdown()
+                self._guestLost(error)
         except GuestError as error:
             await self._untilDead(session)
             self._over(session, error)

@@ -58,6 +58,7 @@ class ColoService(MultiService):
         """
         super().__init__()  # type: ignore[no-untyped-call]
         stateDir = settings.stateDir or defaultStateDir(settings)
+        control = settings.control or defaultControlPath(_controlName(settings))
         self._settings = settings
         self._reactor = reactor
         self._quit = quit
@@ -73,7 +74,7 @@ class ColoService(MultiService):
             parameters=Parameters(settings.checkpointDelay),
             store=StateStore(stateDir),
             witness=PolicyWitness(settings.onLostPeer),
-            factory=createFactory(settings, reactor, stateDir),
+            factory=createFactory(settings, reactor, stateDir, f"{control}.d"),
             credentials=_credentials(settings),
             instance=str(uuid4()),
             status=self.status,
@@ -81,9 +82,7 @@ class ColoService(MultiService):
             hangUp=self._hangUp,
             emit=self._emit,
         )
-        self._control = ControlService(
-            reactor, settings.control or defaultControlPath(_controlName(settings)), self
-        )
+        self._control = ControlService(reactor, control, self)
         self._control.setServiceParent(self)  # type: ignore[no-untyped-call]
         self._dialer: LinkDialer | None = None
         self._listener: LinkListener | None = None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from typing import Any
 
 from colotx.ramcache import CacheLimits, RamCache
 from colotx.settings import Settings
 
 
-def createFactory(settings: Settings, reactor: Any, stateDir: str) -> Any:
+def createFactory(settings: Settings, reactor: Any, stateDir: str, runtimeDir: str) -> Any:
     """
     @param stateDir: where what is built once is kept.
+    @param runtimeDir: where the sockets of a running guest are, each guest's in a directory of its own.
     @return: the L{colotx.interfaces.IGuestFactory} of the kind the operator chose.
     @raise colotx.errors.ConfigError: the settings cannot work for this kind of guest, or on this machine.
     """
@@ -38,7 +37,7 @@ def createFactory(settings: Settings, reactor: Any, stateDir: str) -> Any:
         reactor,
         QemuSettings(
             arguments=settings.qemuArguments,
-            runtimeDirectory=os.path.join(tempfile.gettempdir(), f"colotx-{os.getpid()}"),
+            runtimeDirectory=runtimeDir,
             binary=settings.qemuBinary,
             nicModel=settings.nicModel,
             mac=settings.mac,

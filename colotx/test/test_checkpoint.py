@@ -20,6 +20,7 @@ from colotx.checkpoint import FailoverRequested, PrimaryProcess, SecondaryProces
 from colotx.compare import OutputGate
 from colotx.errors import (
     ColoError,
+    GuestLost,
     GuestTimeout,
     InvalidMessage,
     OversizeError,
@@ -290,6 +291,23 @@ class PairTests(SynchronousTestCase):
         self.assertIs(self.primary.guest.runState, RunState.RUNNING)
         self.wire.cut()
         self.failureResultOf(self.holding, PeerLost)
+
+
+class FrozenGuestTests(SynchronousTestCase):
+    def test_guestThatDoesNotRunOnIsLost(self) -> None:
+        clock = Clock()
+        side = PrimarySide(clock)
+        wire, _ = connect(clock)
+        running = ensureDeferred(side.process.run(wire))
+        advance(clock, None, 0.02)
+
+        def endProtection():
+            raise GuestTimeout("QEMU does not leave COLO")
+
+        side.guest.endProtection = endProtection
+        wire.connectionLost(Failure(ConnectionLost()))
+        self.assertIn("does not leave COLO", str(self.failureResultOf(running, GuestLost).value))
+        side.guest.shutdown()
 
 
 class NotPipelinedTests(SynchronousTestCase):
