@@ -83,7 +83,8 @@ REFUSED_COMMANDS: Final = {
     9: "POSTCOPY_RESUME",
     10: "RECV_BITMAP, that is postcopy",
 }
-VMDESC_START: Final = b'{"page_size"'
+VMDESC_START: Final = b'{"'
+"""Of the JSON object; its first key is C{page_size} in QEMU 7.2 and C{configuration} in 10.0."""
 
 _be32: Final = Struct(">I")
 _command: Final = Struct(">HH")

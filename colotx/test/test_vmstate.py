@@ -142,6 +142,18 @@ class InitialTests(SynchronousTestCase):
         _, complete = readInitial(stream + deviceState() + writer.vmdesc(VMDESC))
         self.assertIsNotNone(complete)
 
+    def test_vmdescOfQemu10(self) -> None:
+        """It begins with the configuration's description."""
+        writer = RamWriter()
+        vmdesc = b'{"configuration": {}, ' + VMDESC[1:]
+        stream = opening(writer) + b"".join(writer.end([])) + deviceState() + writer.vmdesc(vmdesc)
+        for size in (1, 7, 10**6):
+            reader = InitialReader(RamReader())
+            for piece in pieces(stream, [size] * len(stream)):
+                reader.feed(piece)
+            assert reader.complete is not None
+            self.assertEqual(reader.complete.vmdesc, vmdesc)
+
     def test_decoys(self) -> None:
         """Device data that looks like a vmdesc is not taken for it, wherever the bytes are cut."""
         decoys = [
