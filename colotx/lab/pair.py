@@ -79,13 +79,13 @@ def qemuGuest(binary: str = "", patternBytes: int = 4 << 20) -> GuestChoice:
 class PairSettings:
     """
     @ivar checkpointDelay: ms.
-    @ivar heartbeatLimit: ms. A busy machine that emulates two others stalls for longer than two real hosts would.
+    @ivar heartbeatLimit: ms; the daemons' own default.
     @ivar both: further configuration keys of both daemons.
     """
 
     guest: GuestChoice = field(default_factory=memoryGuest)
     checkpointDelay: int = 50
-    heartbeatLimit: int = 1000
+    heartbeatLimit: int = 300
     both: Mapping[str, object] = field(default_factory=dict)
 
 
