@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from colotx import primary as primaryModule
-from colotx.errors import ColoError, PeerLost
+from colotx.errors import ColoError, PeerLost, StorageError
 from colotx.failover import FailoverCause
 from colotx.guests.memory import MemoryGuestFactory, MemorySettings
 from colotx.hello import Hello
@@ -256,8 +256,9 @@ class RoleCase(SynchronousTestCase):
         return session
 
     def advance(self, seconds: float) -> None:
-        for _ in range(round(seconds * 1000)):
-            self.clock.advance(0.001)
+        step = 0.001 if seconds <= 0.5 else 0.01
+        for _ in range(round(seconds / step)):
+            self.clock.advance(step)
             for session in self.sessions:
                 session.flush()
 
@@ -272,8 +273,6 @@ class RoleCase(SynchronousTestCase):
         """Its state file can be written no more."""
 
         def save(state: PersistentState) -> None:
-            from colotx.errors import StorageError
-
             if state != side.store.current:
                 raise StorageError("no space left")
 
