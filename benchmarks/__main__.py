@@ -24,7 +24,7 @@ LIMIT = 1800.0
 BENCHMARKS = {
     "stream_reader": ("--mib", "64", "--runs", "3"),
     "link": ("--megabytes", "32", "--runs", "3"),
-    "checkpoint": ("--windows", "2", "--seconds", "4", "--rate-seconds", "8"),
+    "checkpoint": ("--windows", "3", "--seconds", "2", "--rate-seconds", "8"),
     "failover": ("--rounds", "2"),
 }
 """Name, which is the module's, and the options that make it quick."""

@@ -6,7 +6,7 @@ Three machines run at once and are measured in turns, window by window: QEMU alo
 The others stand still meanwhile. Downtime is the time between QEMU's own events STOP and RESUME, by its own clock,
 so nothing of ours is in it that the guest does not suffer. Usage::
 
-    python -m benchmarks.checkpoint [--json] [--windows 6] [--seconds 5] [--rate-seconds 20]
+    python -m benchmarks.checkpoint [--json] [--windows 8] [--seconds 3] [--rate-seconds 20]
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Downtime and rate of checkpoints of a Linux guest.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--windows", type=int, default=6, help="windows of each machine (default: %(default)s)"
+        "--windows", type=int, default=8, help="windows of each machine (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of one (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one (default: %(default)s)")
     parser.add_argument(
         "--rate-seconds", type=float, default=20.0, help="for the rate (default: %(default)s)"
     )
