@@ -109,6 +109,21 @@ class InitialComplete:
     colo: bool
 
 
+def _readCommand(view: memoryview, pos: int) -> tuple[str, int]:
+    """
+    @return: the command's name and where it ends; no name and C{pos} while it is not whole.
+    @raise StreamError: a command that has no place in a stream for COLO.
+    """
+    if len(view) - pos < 5:
+        return "", pos
+    command, size = _command.unpack_from(view, pos + 1)
+    if command in REFUSED_COMMANDS:
+        raise UnsupportedStream(f"command {command}, {REFUSED_COMMANDS[command]}")
+    if command not in COMMANDS or size:
+        raise StreamError(f"command {command} with {size} bytes: not known")
+    return COMMANDS[command], pos + 5
+
+
 class _Reader(ABC):
     """
     Keeps the beginning of an element that the end of one C{feed} cuts until the next, so that parsers see whole
@@ -268,15 +283,9 @@ class InitialReader(_Reader):
         raise StreamError(f"section type 0x{kind:02x} where RAM sections are due")
 
     def _command(self, view: memoryview, pos: int) -> int:
-        if len(view) - pos < 5:
-            return pos
-        command, size = _command.unpack_from(view, pos + 1)
-        if command in REFUSED_COMMANDS:
-            raise UnsupportedStream(f"command {command}, {REFUSED_COMMANDS[command]}")
-        if command not in COMMANDS or size:
-            raise StreamError(f"command {command} with {size} bytes: not known")
-        self._colo |= COMMANDS[command] == "ENABLE_COLO"
-        return pos + 5
+        name, end = _readCommand(view, pos)
+        self._colo |= name == "ENABLE_COLO"
+        return end
 
     def _deviceState(self, view: memoryview, pos: int, events: list[RamEvent]) -> int:
         if self.complete is not None:
@@ -369,6 +378,12 @@ class CheckpointReader(_Reader):
                     raise StreamError(f"0x{kind:02x} where the end of a checkpoint's RAM is due")
                 self.complete = True
                 return pos + 1
+            if not self._ram.inside and kind == VM_COMMAND:
+                # QEMU 10.0 announces the switch-over in every checkpoint.
+                name, pos = _readCommand(view, pos)
+                if not name:
+                    break
+                continue
             if not self._ram.inside and kind not in (VM_SECTION_PART, VM_SECTION_END):
                 raise StreamError(f"section type 0x{kind:02x} where a checkpoint's RAM is due")
             pos = self._ram.read(view, pos, events)

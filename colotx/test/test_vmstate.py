@@ -195,6 +195,20 @@ class InitialTests(SynchronousTestCase):
 class CheckpointTests(SynchronousTestCase):
     """L{CheckpointReader} on sound streams."""
 
+    def test_switchoverOfQemu10(self) -> None:
+        """QEMU 10.0 announces the switch-over before the RAM of every checkpoint; other commands have no place."""
+        writer = RamWriter()
+        ram = ramAfter(opening(writer))
+        stream = bytes.fromhex("08000b0000") + checkpoint(writer, [pages(RAM.name, [1, 2])])
+        for cut in range(7):
+            reader = CheckpointReader(ram)
+            reader.feed(stream[:cut])
+            events, consumed = reader.feed(stream[cut:] + b"rest")
+            self.assertTrue(reader.complete)
+            self.assertEqual(consumed, len(stream) - cut)
+            self.assertIsInstance(events[-1], RamEnd)
+        self.assertRaises(StreamError, CheckpointReader(ram).feed, bytes.fromhex("0800010000") + stream)
+
     def test_next(self) -> None:
         """The block of the last record is known in the next checkpoint, and what follows EOF is left alone."""
         writer = RamWriter()
