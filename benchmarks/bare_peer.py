@@ -48,19 +48,23 @@ class Peer:
         kept = 0
         while True:
             end = kept + len(self._some(kept))
-            found = self._buffer.rfind(_EOS, 0, end)
-            if found >= 0:
-                size = found + len(_EOS) + _AFTER
-                while end < size:
-                    end += len(self._some(end))
-                value = self._buffer[size - 12 : size]
-                if value.startswith(_SIZE):
-                    break
-            kept = min(len(_EOS) + _AFTER, end)
+            found = self._findSize(end)
+            if found is not None:
+                break
+            kept = min(len(_EOS) + _AFTER - 1, end)
             self._buffer[:kept] = self._buffer[end - kept : end]
-        left = int.from_bytes(value[4:], "big") - (end - size)
+        left = int.from_bytes(self._buffer[found : found + 8], "big") - (end - found - 8)
         while left > 0:
             left -= len(self._some())
+
+    def _findSize(self, end: int) -> int | None:
+        """@return: where the value of VMSTATE_SIZE is, if that is whole in the first C{end} bytes of the buffer."""
+        at = -1
+        while (at := self._buffer.find(_EOS, at + 1, max(end - _AFTER, 0))) >= 0:
+            size = at + len(_EOS) + 5
+            if self._buffer[size : size + 4] == _SIZE:
+                return size + 4
+        return None
 
     def _some(self, at: int = 0) -> memoryview:
         size = self._socket.recv_into(self._view[at:])
