@@ -16,7 +16,9 @@ class GateTests(SynchronousTestCase):
         self.left: list[bytes] = []
         self.wanted: list[str] = []
         self.throttled: list[bool] = []
-        self.gate = OutputGate(self.left.extend, self.wanted.append, self.throttled.append, GateLimits(10, 20))
+        self.gate = OutputGate(
+            self.left.extend, self.wanted.append, self.throttled.append, GateLimits(10, 20)
+        )
 
     def test_interface(self) -> None:
         verifyObject(IOutputGate, self.gate)
