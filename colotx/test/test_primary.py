@@ -350,7 +350,7 @@ class ResyncTests(RoleCase):
         guest.endProtection = endProtection
         self.connect()
         self.advance(0.05)
-        self.assertIs(self.a.role.mode, ColoMode.PRIMARY)
+        self.assertEqual(self.b.role.standby.checkpoint, 1)
         self.assertFalse(self.a.speaks)
         left.callback(None)
         self.advance(0.5)

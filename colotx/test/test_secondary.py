@@ -283,6 +283,7 @@ class ResyncTests(RoleCase):
         del self.b.role.standby.settle
         self.connect()
         self.advance(0.02)
+        self.assertEqual(self.b.role.standby.checkpoint, 2)
         done.callback(None)
         self.advance(0.5)
         self.assertIn("protected", self.b.why)
