@@ -187,7 +187,8 @@ class SecondaryTests(TestCase):
         self.assertNotIn("Traceback", said, where)
         self.assertEqual(await self.held(daemon), held + whole, where)
         if whole:
-            self.assertTrue(RECORDING.isCheckpoint(whole, heldRam(daemon)), where)
+            ram = heldRam(daemon)
+            self.assertEqual([n for n in range(1, 4) if RECORDING.isCheckpoint(n, ram)], [whole], where)
         await peer.stop()
         return whole
 
@@ -195,7 +196,7 @@ class SecondaryTests(TestCase):
         return int((await daemon.query("query-colotx-stats"))["held-checkpoint"])
 
     async def everywhere(self, fault: Fault, reason: str, boundaries: Any = BOUNDARIES) -> None:
-        """The fault at all boundaries; then the operator's failover, and a good primary for a new daemon."""
+        """The fault at all boundaries; then a daemon as a primary."""
         async with Hosts() as hosts:
             daemon = await self.secondary(hosts)
             for boundary in boundaries:
@@ -210,19 +211,26 @@ class SecondaryTests(TestCase):
 
     @asynchronous
     async def test_vanish(self) -> None:
-        await self.everywhere(_vanish, "closed|ended|lost")
+        await self.everywhere(_vanish, "closed")
 
     @asynchronous
     async def test_truncation(self) -> None:
-        await self.everywhere(_truncate, "closed within|closed")
+        await self.everywhere(_truncate, "the COLO channel was closed within")
 
     @asynchronous
     async def test_garbage(self) -> None:
-        await self.everywhere(_garbage, ".")
+        await self.everywhere(
+            _garbage,
+            "no migration stream|Invalid message 3735928559|section type 0xde|no sections of a migration stream",
+        )
 
     @asynchronous
     async def test_wrongMessage(self) -> None:
-        await self.everywhere(_wrongMessage, ".")
+        await self.everywhere(
+            _wrongMessage,
+            "no migration stream|Got unknown COLO message: 6|Unexpected COLO message 6, expected [34]|"
+            "section type 0x00|no sections of a migration stream",
+        )
 
     @asynchronous
     async def test_oversize(self) -> None:
@@ -425,7 +433,6 @@ class PrimaryTests(TestCase):
             return "protection ended" in logOf(daemon)[before:]
 
         await until(ended, f"the protection ended: {where}", limit)
-        # What the peer had not acknowledged is held, and a new secondary is waited for; the guest notices nothing.
         vanish(session)
         await peer.stop()
         await running
@@ -433,6 +440,9 @@ class PrimaryTests(TestCase):
         said = logOf(daemon)[before:]
         self.assertRegex(said, f"protection ended: .*({reason})", where)
         self.assertNotIn("Traceback", said, where)
+        # The peer may hold a checkpoint: nothing may leave that it does not cover, whatever is wrong with it.
+        self.assertEqual(await status(daemon), "degraded", where)
+        self.assertEqual((await daemon.query("query-colotx-stats"))["gate"], "shut", where)
         await self.runs(daemon, spy, where)
 
     async def runs(self, daemon: DaemonProcess, spy: QmpClient, where: str) -> None:
@@ -470,7 +480,7 @@ class PrimaryTests(TestCase):
 
     @asynchronous
     async def test_vanish(self) -> None:
-        await self.everywhere(lambda colo, due: vanish(colo.session), "closed|ended|lost")
+        await self.everywhere(lambda colo, due: vanish(colo.session), "closed")
 
     @asynchronous
     async def test_truncation(self) -> None:
@@ -478,7 +488,7 @@ class PrimaryTests(TestCase):
             colo.raw(encodeMessage(due)[:3])
             closeColo(colo)
 
-        await self.everywhere(truncate, "closed")
+        await self.everywhere(truncate, "the COLO channel was closed within a COLO message")
 
     @asynchronous
     async def test_garbage(self) -> None:
