@@ -8,7 +8,6 @@ import os
 import socket
 import sys
 import threading
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +18,7 @@ from twisted.internet.utils import getProcessOutputAndValue
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 import colotx
+import colotx.lab.demo
 from colotx import _qmp_blocking, cli
 from colotx.certificates import Credentials
 from colotx.control import ControlService
@@ -258,9 +258,7 @@ class OtherCommandTests(SynchronousTestCase):
             seen.append(argv)
             return 7
 
-        module = types.ModuleType("colotx.lab.demo")
-        module.main = demo  # type: ignore[attr-defined]
-        self.patch(sys, "modules", {**sys.modules, "colotx.lab.demo": module})
+        self.patch(colotx.lab.demo, "main", demo)
         self.assertEqual(cli.main(["demo", "--rounds", "3", "--help"]), 7)
         self.assertEqual(seen, [["--rounds", "3", "--help"]])
 

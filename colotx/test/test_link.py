@@ -775,8 +775,8 @@ class LossTests(LinkCase):
         await self.primary.until(lambda: self.primary.messages)
         self.assertIsNone(ours.error)
 
-    async def test_shortSessions(self):
-        """Sessions that end at once are dialed again more and more slowly, a steady one at the first pace."""
+    async def waits(self, settings, count):
+        """@return: how long the dialer waits before each of its tries when every session ends at once."""
         waits = []
         attempt = LinkDialer._attempt
 
@@ -786,20 +786,18 @@ class LossTests(LinkCase):
 
         self.patch(LinkDialer, "_attempt", watch)
         self.secondary.sessionEstablished = lambda session: session.close("cannot")
-        self.dial()
-        while len(waits) < 5:
+        self.dial(settings=settings)
+        while len(waits) < count:
             await deferLater(reactor, 0.01)
-        self.assertEqual(waits[:5], [0.0, 0.01, 0.02, 0.04, 0.05])
+        return waits[:count]
 
-    async def test_steadySession(self):
-        dialer = self.dial(settings=replace(SETTINGS, steady=0.0))
-        await self.established()
-        waiting = Deferred.fromCoroutine(
-            dialer._attempt(0.05)
-        )  # what the loop does after a last wait of 50 ms
-        await self.primary.until(lambda: len(self.primary.sessions) == 2)
-        self.primary.sessions[-1].close("done")
-        self.assertEqual(await waiting, SETTINGS.retryFirst)
+    async def test_shortSessions(self):
+        """Sessions that end at once are dialed again more and more slowly."""
+        self.assertEqual(await self.waits(SETTINGS, 5), [0.0, 0.01, 0.02, 0.04, 0.05])
+
+    async def test_steadySessions(self):
+        """After a session that lived long enough the pace is the first one."""
+        self.assertEqual(await self.waits(replace(SETTINGS, steady=0.0), 4), [0.0, 0.01, 0.01, 0.01])
 
     async def test_lateVerdict(self):
         """A listener that dies between its verdict and the data channels costs one try."""
