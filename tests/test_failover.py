@@ -32,6 +32,8 @@ MEMORY_KILLS = 5
 
 _WARM_UP = (0.2, 1.5)
 """Seconds between which the kill comes at random after the client's first byte; then a moment within a checkpoint."""
+_DELAYS = (50, 10)
+"""ms between checkpoints: the usual, and so few that most kills come within one."""
 _AFTER = 0.5
 """Seconds of a new client's traffic after the failover; and then as long as two memory checks take."""
 _CHECKS_LIMIT = 60.0
@@ -159,7 +161,8 @@ class _Kills(TestCase):
         for number in range(1, rounds + 1):
             result = RoundResult(number, kill, logs=str(logs / str(number)))
             results.append(result)
-            async with ProtectedPair(reactor, Path(str(result.logs)), PairSettings(guest)) as pair:
+            settings = PairSettings(guest, _DELAYS[number % len(_DELAYS)])
+            async with ProtectedPair(reactor, Path(str(result.logs)), settings) as pair:
                 try:
                     await Round(pair, guest, result, chance).run()
                 except ColoError as error:
