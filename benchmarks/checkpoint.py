@@ -146,6 +146,9 @@ def report(result: dict[str, Any]) -> None:
 
 
 def _interrupted(*_: object) -> None:
+    # Once is enough: what was started must be ended now.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -161,7 +164,8 @@ def main() -> int:
         "--rate-seconds", type=float, default=20.0, help="for the rate (default: %(default)s)"
     )
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
     try:
         with tempfile.TemporaryDirectory(prefix="colo-", ignore_cleanup_errors=True) as directory:
             result = measure(Path(directory), options)

@@ -185,7 +185,8 @@ class Machine:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(variables or {})}
         with log.open("ab") as output:
             process = subprocess.Popen(
-                command,
+                # It ends with us, however we end.
+                ["setpriv", "--pdeathsig", "TERM", "--", *command],
                 cwd=log.parent,
                 env=environment,
                 stdin=subprocess.PIPE,
