@@ -20,7 +20,7 @@ def needPrivileges() -> None:
         raise SkipTest("network namespaces need root: run the acceptance tests as root")
 
 
-def needQemuGuest(patternBytes: int = 1 << 20) -> GuestChoice:
+def needQemuGuest(patternBytes: int = 512 << 10) -> GuestChoice:
     """
     @param patternBytes: how much memory the guest checks.
     @return: the checking Linux guest.
