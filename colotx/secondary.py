@@ -55,7 +55,7 @@ class SecondaryRole:
         self._session: Any = None
         self._protection: Deferred[None] = succeed(None)
         self._grace: Any = None
-        self._primaryInstance = ""
+        self._primary = self._checkpointOf = ""
 
     @property
     def loading(self) -> bool:
@@ -108,7 +108,20 @@ class SecondaryRole:
             return f"stale epoch: the peer is in epoch {hello.epoch}, this host knows of epoch {epoch}"
         if hello.secondary != self.standby.kind:
             return f"the peer wants an {hello.secondary} secondary, this one is {self.standby.kind}"
+        if self._outlived(hello):
+            cause = FailoverCause("the primary's daemon was restarted, so its guest is dead", forced=True)
+            self._around.reactor.callLater(0, self._takeOver, cause)
+            return "the guest goes on here: this host holds its last checkpoint, and the daemon that ran it is gone"
         return None
+
+    def _outlived(self, hello: Hello) -> bool:
+        """
+        Whether the checkpoint held here is all that is left of the guest. A guest dies with its daemon, and the
+        certificate says that this is the primary's host: another instance there means that the guest is dead. While a
+        session lives its peer is alive, whoever else comes.
+        """
+        current = self.mode is ColoMode.SECONDARY and not self._superseded
+        return current and self._session is None and hello.instance != self._checkpointOf
 
     def sessionEstablished(self, session: Any) -> None:
         """A primary is there."""
@@ -125,6 +138,7 @@ class SecondaryRole:
             replace(self._around.store.current, epoch=session.peer.epoch, role="secondary", protected=True)
         )
         self._session = session
+        self._primary = session.peer.instance
         session.control.onMessage = self._fromPeer
         self.failover = FailoverService(self, self._exited)
         self._set(Protection.RESYNCING, f"receiving from {session.peer.instance}", ALONE)
@@ -188,6 +202,7 @@ class SecondaryRole:
             self._ended(why, died)
 
     def _committed(self, number: int) -> None:
+        self._checkpointOf = self._primary
         self._superseded = False
         self.mode = ColoMode.SECONDARY
         self._set(

@@ -91,6 +91,27 @@ class HoldTests(RoleCase):
         self.assertIn("second primary", self.b.role.judge(self.a.hello()))
         self.assertSpeaks(self.b)
 
+    def test_primarysDaemonWasRestarted(self) -> None:
+        """Its guest died with it: what is held here is all there is, and must not make way for a fresh boot."""
+        session = self.protect()
+        self.assertIsNone(
+            self.b.role.judge(self.a.hello(instance="another"))
+        )  # the link refuses: it is occupied
+        session.cut()
+        self.advance(0.01)
+        self.assertFalse(self.b.speaks)
+        self.assertIn("goes on here", self.b.role.judge(self.a.hello(instance="another")))
+        self.advance(0.01)
+        self.assertTrue(self.b.speaks)
+        self.assertEqual(self.b.store.current, PersistentState(2, "primary", False))
+
+    def test_primaryThatWasAwayMayComeBack(self) -> None:
+        """The same daemon, its guest alive and held: no failover, a new synchronisation."""
+        self.protect().cut()
+        self.assertIsNone(self.b.role.judge(self.a.hello()))
+        self.advance(0.01)
+        self.assertFalse(self.b.speaks)
+
     def test_primaryBeforeTheFirstCheckpoint(self) -> None:
         self.start()
         self.connect().cut()
