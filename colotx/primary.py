@@ -12,20 +12,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from twisted.internet.defer import Deferred, ensureDeferred, succeed
+from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.task import deferLater
-from twisted.logger import Logger
 
 from colotx.announce import AddressTable, Announcer
-from colotx.checkpoint import FailoverRequested, PrimaryProcess
+from colotx.checkpoint import PrimaryProcess
 from colotx.compare import OutputGate
 from colotx.errors import ColoError, GuestError, GuestLost, PeerLost
-from colotx.failover import FailoverCause, FailoverService
 from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
 from colotx.ports import parseOutside
 from colotx.replication import NoReplication
-from colotx.role import PEER_DIED, ControlMessage, PeerResync, Surroundings
+from colotx.role import ControlMessage, PeerResync, ProtectedRole, Surroundings
 from colotx.spool import BufferPool, Spool
 from colotx.statistics import CheckpointRecord
 from colotx.status import Protection
@@ -34,11 +32,8 @@ from colotx.trigger import CheckpointTrigger
 DEATH_KNELL = 0.5
 """Seconds a guest that broke its part of the exchange has to turn out dead."""
 
-RESYNC_GRACE = 2.0
-"""Seconds a peer that lives has to come back with a new session before it counts as lost."""
 
-
-class PrimaryRole:
+class PrimaryRole(ProtectedRole):
     """
     One guest that runs here.
 
@@ -46,9 +41,7 @@ class PrimaryRole:
     @ivar guest: the L{colotx.interfaces.IPrimaryGuest}.
     """
 
-    log = Logger()
     role: Role = "primary"
-    loading = False
 
     def __init__(self, around: Surroundings, guest: Any, addresses: AddressTable | None = None) -> None:
         """
@@ -56,20 +49,15 @@ class PrimaryRole:
         @param addresses: what it is known by already.
         """
         settings = around.settings
-        self._around = around
+        super().__init__(around)
         self.guest = guest
         self.outside = parseOutside(settings.outside)(around.reactor)
         self.trigger = CheckpointTrigger(around.reactor, around.parameters.checkpointDelay)
         self.gate = OutputGate(self.outside.send, self.trigger.notify, self._throttle)
         self.addresses = addresses or AddressTable()
         self.replication = NoReplication()
-        self.failover = FailoverService(self, self._exited)
-        self.mode = ColoMode.NONE
         self.launched = False
         self._pool = BufferPool(settings.spoolMemory)
-        self._session: Any = None
-        self._protection: Deferred[None] = succeed(None)
-        self._grace: Any = None
         self._announcer: Announcer | None = None
         self._outranked = False
         guest.onLost = self._guestLost
@@ -206,25 +194,25 @@ class PrimaryRole:
             return
         self._session = session
         self._outranked = False
-        self.failover = FailoverService(self, self._exited)
+        self.failover = self._newFailover()
         session.control.onMessage = self._fromPeer
         self._protection = ensureDeferred(self._protect(session, self._protection))
 
     def _fromPeer(self, message: dict[str, Any]) -> None:
         kind, reason = message.get("type"), str(message.get("reason"))[:200]
         if kind == ControlMessage.RESYNC:
-            self._end(PeerResync(f"the secondary wants a new session: {reason}"))
+            self._fail(PeerResync(f"the secondary wants a new session: {reason}"))
         elif kind == ControlMessage.STANDBY_GONE:
             self.mode = ColoMode.NONE
             self._remember(False)
-            self._end(PeerLost(f"the secondary left: {reason}"))
+            self._fail(PeerLost(f"the secondary left: {reason}"))
         elif kind == ControlMessage.TAKEN_OVER:
             # Whatever this side knew of the peer's checkpoints, the guest speaks over there now.
             self.gate.shut()
             self._outranked = True
             self.mode = ColoMode.PRIMARY
             self._remember(True)
-            self._end(PeerLost(f"the guest goes on at the peer: {reason}"))
+            self._fail(PeerLost(f"the guest goes on at the peer: {reason}"))
 
     def _remember(self, protected: bool) -> None:
         """For the next start, which waits when the peer may run the guest."""
@@ -298,31 +286,11 @@ class PrimaryRole:
         )
         await process.run(session.colo)
 
-    def _over(self, session: Any, error: ColoError) -> None:
-        self.log.info("protection ended: {error}", error=error)
-        if session is not self._session:
-            return
-        self._session = None
-        # A peer that asked for a new session has closed the old one by now: that is no death.
-        resync = isinstance(error, PeerResync)
-        died = isinstance(session.error, PEER_DIED) and not resync
-        why = error if resync else session.error or error
-        if session.error is None:
-            session.control.send({"type": ControlMessage.RESYNC, "reason": str(error)})
-            session.close(str(error))
-        if not self.failover.state.requested and not isinstance(error, FailoverRequested):
-            self._ended(why, died)
-
     async def _untilDead(self, session: Any) -> None:
         """A guest that dies fails what is under way before it is known to be dead; dead is what the peer must hear."""
         deadline = self._around.reactor.seconds() + DEATH_KNELL
         while session is self._session and self._around.reactor.seconds() < deadline:
             await deferLater(self._around.reactor, DEATH_KNELL / 50)
-
-    def _end(self, error: ColoError) -> None:
-        """End the session by a fault that is no death."""
-        if self._session is not None:
-            self._session.colo.fail(error)
 
     def _exposed(self) -> None:
         self._save(True)
@@ -361,36 +329,9 @@ class PrimaryRole:
         elif died:
             self._peerLost(error)
         else:
-            self._grace = self._around.reactor.callLater(RESYNC_GRACE, self._graceOver, error)
-
-    def _graceOver(self, error: ColoError) -> None:
-        self._grace = None
-        self._peerLost(error)
-
-    def _peerLost(self, error: ColoError) -> None:
-        self.failover.request(FailoverCause(str(error))).addErrback(self._held)
-
-    def _held(self, failure: Any) -> None:
-        if failure.check(ColoError) is None:
-            self.log.failure("the failover failed", failure)
-        self.log.warn("{reason}", reason=failure.getErrorMessage())
-        self._around.emit("COLO_EXIT", {"mode": "primary", "reason": "error"})
+            self._await(error)
 
     # -- failover
-
-    async def obtainGrant(self, cause: FailoverCause) -> Grant | None:
-        """See L{colotx.failover.IFailoverRole}."""
-        return await self._around.obtainGrant(cause)
-
-    async def shutTransport(self, cause: FailoverCause) -> None:
-        """See L{colotx.failover.IFailoverRole}. The guest runs on, out of COLO mode, when this is done."""
-        self._cancelGrace()
-        session, self._session = self._session, None
-        if session is not None:
-            session.control.send({"type": ControlMessage.TAKEN_OVER, "reason": cause.reason})
-            session.close(f"failover: {cause.reason}")
-            session.colo.fail(FailoverRequested("a failover was requested"))
-        await self._protection
 
     async def goLive(self, grant: Grant) -> None:
         """See L{colotx.failover.IFailoverRole}."""
@@ -408,7 +349,7 @@ class PrimaryRole:
 
     def _exited(self, mode: ColoMode, reason: str) -> None:
         self.mode = ColoMode.NONE
-        self._around.emit("COLO_EXIT", {"mode": mode.value, "reason": reason})
+        super()._exited(mode, reason)
 
     # -- the guest
 
@@ -446,11 +387,3 @@ class PrimaryRole:
             f"the guest died: {error}",
             "the peer was told to go on" if told else "nothing runs; restart this daemon to start the guest",
         )
-
-    def _set(self, protection: Protection, why: str, consequence: str) -> None:
-        self._around.status.set(protection, why, consequence)
-
-    def _cancelGrace(self) -> None:
-        if self._grace is not None:
-            self._grace.cancel()
-            self._grace = None

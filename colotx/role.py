@@ -1,6 +1,6 @@
 """
-What the primary's and the secondary's role share: their surroundings, the grant of a new epoch, the vocabulary of
-the control channel.
+What the primary's and the secondary's role share: their surroundings, the vocabulary of the control channel, and how a
+session ends.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
 from colotx.certificates import Credentials
-from colotx.errors import PeerError, PeerLost, PeerTimeout
-from colotx.failover import FailoverCause
-from colotx.interfaces import Grant
+from colotx.checkpoint import FailoverRequested
+from colotx.errors import ColoError, PeerError, PeerLost, PeerTimeout
+from colotx.failover import FailoverCause, FailoverService
+from colotx.interfaces import ColoMode, Grant
 from colotx.settings import Settings
 from colotx.state import StateStore
 from colotx.statistics import CheckpointStatistics
-from colotx.status import StatusBoard
+from colotx.status import Protection, StatusBoard
 
 
 @dataclass(slots=True)
@@ -93,3 +98,116 @@ class PeerResync(PeerError):
 
 PEER_DIED = (PeerLost, PeerTimeout)
 """A session that ended so means that the peer is gone. Any other end is the fault of a peer that lives."""
+
+
+RESYNC_GRACE = 2.0
+"""Seconds a peer that lives has to come back with a new session before it counts as lost."""
+
+
+class ProtectedRole:
+    """
+    What both roles do alike: one session at a time, what its end means, and the tearing down in a failover.
+
+    @ivar mode: this side's COLO mode; while it is not NONE the peer may hold, or depend on, a checkpoint.
+    @ivar failover: the failover of the session that is, or was last.
+    """
+
+    log = Logger()
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._session: Any = None
+        self._protection: Deferred[None] = succeed(None)
+        self._grace: Any = None
+        self.mode = ColoMode.NONE
+        self.failover = self._newFailover()
+
+    # -- what differs
+
+    @property
+    def loading(self) -> bool:
+        """See L{colotx.failover.IFailoverRole}."""
+        return False
+
+    async def obtainGrant(self, cause: FailoverCause) -> Grant | None:
+        """See L{colotx.failover.IFailoverRole}."""
+        return await self._around.obtainGrant(cause)
+
+    async def goLive(self, grant: Grant) -> None:
+        """See L{colotx.failover.IFailoverRole}."""
+        raise NotImplementedError
+
+    def _ended(self, error: ColoError, died: bool) -> None:
+        """The protection is over. @param died: the peer is dead, as far as one can see."""
+        raise NotImplementedError
+
+    def _exited(self, mode: ColoMode, reason: str) -> None:
+        self._around.emit("COLO_EXIT", {"mode": mode.value, "reason": reason})
+
+    # -- the end of a session
+
+    def _over(self, session: Any, error: ColoError) -> None:
+        """A protection ended; what that means is told apart here."""
+        self.log.info("protection ended: {error}", error=error)
+        if session is not self._session:
+            return
+        self._session = None
+        # A peer that asked for a new session has closed the old one by now: that is no death.
+        resync = isinstance(error, PeerResync)
+        died = isinstance(session.error, PEER_DIED) and not resync
+        why = error if resync else session.error or error
+        if session.error is None:
+            session.control.send({"type": ControlMessage.RESYNC, "reason": str(error)})
+            session.close(str(error))
+        if not self.failover.state.requested and not isinstance(error, FailoverRequested):
+            self._ended(why, died)
+
+    def _fail(self, error: ColoError) -> None:
+        """End the protection under way, if one is."""
+        if self._session is not None:
+            self._session.colo.fail(error)
+
+    def _await(self, error: ColoError) -> None:
+        """The peer lives: give it some time for a new session."""
+        self._grace = self._around.reactor.callLater(RESYNC_GRACE, self._graceOver, error)
+
+    def _graceOver(self, error: ColoError) -> None:
+        self._grace = None
+        self._peerLost(error)
+
+    def _cancelGrace(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+
+    # -- failover
+
+    def _newFailover(self) -> FailoverService:
+        return FailoverService(self, self._exited)
+
+    def _peerLost(self, error: ColoError) -> None:
+        """The peer counts as lost: fail over, or hold, as the witness says."""
+        self._takeOver(FailoverCause(str(error)))
+
+    def _takeOver(self, cause: FailoverCause) -> None:
+        if self.mode is not ColoMode.NONE and not self.failover.state.requested:
+            self.failover.request(cause).addErrback(self._held, self.mode)
+
+    def _held(self, failure: Failure, mode: ColoMode) -> None:
+        if failure.check(ColoError) is None:  # type: ignore[no-untyped-call]
+            self.log.failure("the failover failed", failure)
+        self.log.warn("{reason}", reason=failure.getErrorMessage())
+        self._around.emit("COLO_EXIT", {"mode": mode.value, "reason": "error"})
+
+    async def shutTransport(self, cause: FailoverCause) -> None:
+        """See L{colotx.failover.IFailoverRole}. Nothing of the protection runs any more when this is done."""
+        self._cancelGrace()
+        session, self._session = self._session, None
+        if session is not None:
+            session.control.send({"type": ControlMessage.TAKEN_OVER, "reason": cause.reason})
+            session.close(f"failover: {cause.reason}")
+            session.colo.fail(FailoverRequested("a failover was requested"))
+        await self._protection
+
+    def _set(self, protection: Protection, why: str, consequence: str) -> None:
+        self._around.status.set(protection, why, consequence)

@@ -8,24 +8,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from twisted.internet.defer import Deferred, ensureDeferred, succeed
-from twisted.logger import Logger
+from twisted.internet.defer import Deferred, ensureDeferred
 
 from colotx.announce import AddressTable
-from colotx.checkpoint import FailoverRequested, SecondaryProcess
+from colotx.checkpoint import SecondaryProcess
 from colotx.errors import ColoError, PeerLost
-from colotx.failover import FailoverCause, FailoverService
+from colotx.failover import FailoverCause
 from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
-from colotx.primary import RESYNC_GRACE
 from colotx.replication import NoReplication
-from colotx.role import PEER_DIED, ControlMessage, PeerResync, Surroundings
+from colotx.role import ControlMessage, PeerResync, ProtectedRole, Surroundings
 from colotx.status import Protection
 
 ALONE = "nothing runs here, and nothing could"
 
 
-class SecondaryRole:
+class SecondaryRole(ProtectedRole):
     """
     One guest that stands by here.
 
@@ -33,7 +31,6 @@ class SecondaryRole:
     @ivar standby: the L{colotx.interfaces.ISecondaryGuest}.
     """
 
-    log = Logger()
     role: Role = "secondary"
 
     def __init__(
@@ -43,18 +40,13 @@ class SecondaryRole:
         @param promoted: takes over: gets the L{colotx.interfaces.IPrimaryGuest} to launch, its addresses and the
             grant; its Deferred fires when the guest serves.
         """
-        self._around = around
+        super().__init__(around)
         self._promoted = promoted
         self.standby = around.factory.createStandby()
         self.replication = NoReplication()
         self.addresses = AddressTable()
-        self.failover = FailoverService(self, self._exited)
-        self.mode = ColoMode.NONE
         self._superseded = False
         self._process: SecondaryProcess | None = None
-        self._session: Any = None
-        self._protection: Deferred[None] = succeed(None)
-        self._grace: Any = None
         self._primary = self._checkpointOf = ""
 
     @property
@@ -140,7 +132,7 @@ class SecondaryRole:
         self._session = session
         self._primary = session.peer.instance
         session.control.onMessage = self._fromPeer
-        self.failover = FailoverService(self, self._exited)
+        self.failover = self._newFailover()
         self._set(Protection.RESYNCING, f"receiving from {session.peer.instance}", ALONE)
         self._protection = ensureDeferred(self._protect(session, self._protection))
 
@@ -186,21 +178,6 @@ class SecondaryRole:
             self.log.failure("the protection ended unexpectedly")
             self._over(session, ColoError(f"internal error, see the log: {error!r}"))
 
-    def _over(self, session: Any, error: ColoError) -> None:
-        self.log.info("protection ended: {error}", error=error)
-        if session is not self._session:
-            return
-        self._session = None
-        # A peer that asked for a new session has closed the old one by now: that is no death.
-        resync = isinstance(error, PeerResync)
-        died = isinstance(session.error, PEER_DIED) and not resync
-        why = error if resync else session.error or error
-        if session.error is None:
-            session.control.send({"type": ControlMessage.RESYNC, "reason": str(error)})
-            session.close(str(error))
-        if not self.failover.state.requested and not isinstance(error, FailoverRequested):
-            self._ended(why, died)
-
     def _committed(self, number: int) -> None:
         self._checkpointOf = self._primary
         self._superseded = False
@@ -232,24 +209,9 @@ class SecondaryRole:
             "`colo failover` makes the guest go on here if the other host is certainly off",
         )
         if died:
-            self._takeOver(FailoverCause(str(error)))
+            self._peerLost(error)
         else:
-            self._grace = self._around.reactor.callLater(RESYNC_GRACE, self._graceOver, error)
-
-    def _graceOver(self, error: ColoError) -> None:
-        self._grace = None
-        self._takeOver(FailoverCause(str(error)))
-
-    def _takeOver(self, cause: FailoverCause) -> None:
-        if self.mode is ColoMode.NONE or self.failover.state.requested:
-            return
-        self.failover.request(cause).addErrback(self._held)
-
-    def _held(self, failure: Any) -> None:
-        if failure.check(ColoError) is None:
-            self.log.failure("the failover failed", failure)
-        self.log.warn("{reason}", reason=failure.getErrorMessage())
-        self._around.emit("COLO_EXIT", {"mode": "secondary", "reason": "error"})
+            self._await(error)
 
     # -- failover
 
@@ -260,17 +222,7 @@ class SecondaryRole:
                 "the checkpoint held here is older than what the primary said since: not going on by itself"
             )
             return None
-        return await self._around.obtainGrant(cause)
-
-    async def shutTransport(self, cause: FailoverCause) -> None:
-        """See L{colotx.failover.IFailoverRole}."""
-        self._cancelGrace()
-        session, self._session = self._session, None
-        if session is not None:
-            session.control.send({"type": ControlMessage.TAKEN_OVER, "reason": cause.reason})
-            session.close(f"failover: {cause.reason}")
-            session.colo.fail(FailoverRequested("a failover was requested"))
-        await self._protection
+        return await super().obtainGrant(cause)
 
     async def goLive(self, grant: Grant) -> None:
         """See L{colotx.failover.IFailoverRole}."""
@@ -278,18 +230,3 @@ class SecondaryRole:
         guest = await self.standby.promote()
         self.mode = ColoMode.NONE
         await self._promoted(guest, self.addresses, grant)
-
-    def _exited(self, mode: ColoMode, reason: str) -> None:
-        self._around.emit("COLO_EXIT", {"mode": mode.value, "reason": reason})
-
-    def _cancelGrace(self) -> None:
-        if self._grace is not None:
-            self._grace.cancel()
-            self._grace = None
-
-    def _set(self, protection: Protection, why: str, consequence: str) -> None:
-        self._around.status.set(protection, why, consequence)
-
-    def _fail(self, error: ColoError) -> None:
-        if self._session is not None:
-            self._session.colo.fail(error)

@@ -10,7 +10,8 @@ from twisted.internet.defer import fail as failed
 from colotx.errors import FailoverError, GuestError, GuestTimeout, PeerError, PeerLost, StorageError
 from colotx.failover import FailoverStatus
 from colotx.interfaces import ColoMode, RunState
-from colotx.primary import DEATH_KNELL, RESYNC_GRACE
+from colotx.primary import DEATH_KNELL
+from colotx.role import RESYNC_GRACE
 from colotx.state import PersistentState, StateStore
 from colotx.test.rolekit import RoleCase, Session
 

@@ -10,7 +10,7 @@ from twisted.internet.defer import fail as failed
 from colotx.errors import ConfigError, FailoverError, GuestError, PeerError, PeerLost, StorageError
 from colotx.failover import FailoverStatus
 from colotx.interfaces import ColoMode, Grant, RunState
-from colotx.secondary import RESYNC_GRACE
+from colotx.role import RESYNC_GRACE
 from colotx.state import PersistentState, StateStore
 from colotx.test.rolekit import OPERATOR, RoleCase, Session
 
