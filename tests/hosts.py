@@ -91,7 +91,7 @@ class Hosts:
             "guest": "memory",
             **{key.replace("_", "-"): value for key, value in keys.items()},
         }
-        daemon = DaemonProcess(reactor, _Here(), home, settings)  # type: ignore[arg-type]
+        daemon = DaemonProcess(reactor, _Here(), home, settings)
         self.atEnd(daemon.stop)
         return daemon
 
@@ -206,7 +206,7 @@ class ScriptedPeer:
 
     def hello(self) -> Hello:
         """See L{colotx.link.LinkOwner}."""
-        return Hello(VM, self._role, self._instance, 1)  # type: ignore[arg-type]
+        return Hello(VM, self._role, self._instance, 1)
 
     def judge(self, peer: Hello) -> str | None:
         """See L{colotx.link.LinkOwner}."""

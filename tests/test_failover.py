@@ -35,6 +35,8 @@ _WARM_UP = (0.2, 1.5)
 """Seconds between which the kill comes at random after the client's first byte; then a moment within a checkpoint."""
 _DELAYS = (50, 20)
 """ms between checkpoints: the usual, and so few that many kills come within one."""
+_BOOT_DELAY = 1000
+"""ms between checkpoints until the guest is up: an emulated guest boots slowly enough without many of them."""
 _AFTER = 0.5
 """Seconds of a new client's traffic after the failover; and then as long as a memory check takes."""
 _CHECKS_LIMIT = 60.0
@@ -55,6 +57,7 @@ class Round:
     """
 
     def __init__(self, pair: ProtectedPair, guest: GuestChoice, result: RoundResult, chance: random.Random):
+        self._delay = _DELAYS[result.number % len(_DELAYS)]
         self._pair = pair
         self._guest = guest
         self._chance = chance
@@ -64,6 +67,8 @@ class Round:
         """@raise LabError: something that is not the client's finding."""
         pair, result = self._pair, self.result
         await pair.start()
+        await self._memoryChecked("primary")
+        await pair.daemons["primary"].query("migrate-set-parameters", **{"x-checkpoint-delay": self._delay})
         await pair.client.start(self._traffic(4))
         await self._warmUp()
         killed = pair.kill(result.kill)
@@ -80,7 +85,6 @@ class Round:
     async def _warmUp(self) -> None:
         pair = self._pair
         await pair.pause(self._chance.uniform(*_WARM_UP))
-        await self._memoryChecked("primary")
         if await pair.failedOver():
             raise LabError("the secondary took over before anything was broken (is this machine very busy?)")
         statistics = await pair.daemons["primary"].query("query-colotx-stats")
@@ -112,7 +116,7 @@ class Round:
         console = self._pair.directory / role / "serial.log"
 
         def checks() -> int:
-            return len(re.findall(rb"colotx: \d+ ", console.read_bytes()))
+            return len(re.findall(rb"colotx: \d+ ", console.read_bytes())) if console.exists() else 0
 
         wanted = checks() + 1
 
@@ -162,7 +166,7 @@ class _Kills(TestCase):
         for number in range(1, rounds + 1):
             result = RoundResult(number, kill, logs=str(logs / str(number)))
             results.append(result)
-            settings = PairSettings(guest, _DELAYS[number % len(_DELAYS)])
+            settings = PairSettings(guest, _BOOT_DELAY)
             async with ProtectedPair(reactor, Path(str(result.logs)), settings) as pair:
                 # Ctrl-C ends trial without our clauses; closing twice is harmless.
                 atexit.register(pair.lab.close)

@@ -139,7 +139,7 @@ class RefusalTests(TestCase):
             for daemon in (first, second):
                 daemon.start()
             for daemon in (first, second):
-                await until(lambda daemon=daemon: daemon.query("query-status"), "the daemon answers")  # type: ignore[misc]
+                await until(lambda daemon=daemon: daemon.query("query-status"), "the daemon answers")
                 self.assertEqual(await status(daemon), "unprotected")
                 self.assertNotEqual(await runState(daemon), "running")
 

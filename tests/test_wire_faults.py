@@ -424,7 +424,7 @@ class PrimaryTests(TestCase):
             reactor,
             _Discards(),
             NoReplication(),
-            FailoverService(None, lambda mode, why: None),  # type: ignore[arg-type]
+            FailoverService(None, lambda mode, why: None),
         )
         running = ensureDeferred(process.run(colo))
         running.addErrback(lambda failure: failure.trap(ColoError))
@@ -465,7 +465,7 @@ class PrimaryTests(TestCase):
         async with Hosts() as hosts:
             daemon, spy = await self.primary(hosts)
             for due in answers:
-                plan = _Plan(due, lambda colo, due=due: fault(colo, due))  # type: ignore[misc]
+                plan = _Plan(due, lambda colo, due=due: fault(colo, due))
                 await self.fault(hosts, daemon, spy, plan, reason)
             secondary = hosts.daemon("secondary", on_lost_peer="hold", **self.keys)
             secondary.start()
