@@ -65,7 +65,7 @@ BARS = (
     Bar("reader, mixed records, GB/s", "stream_reader", ("mixed_gb_s",), 0.5, False),
     Bar("downtime, guest idle: pair / bare peer", "checkpoint", ("idle", "pair_to_bare"), 2.0, True),
     Bar("downtime, guest dirties: pair / bare peer", "checkpoint", ("dirtying", "pair_to_bare"), 2.0, True),
-    Bar("checkpoints a second at delay 50 ms", "checkpoint", ("rate", "pair_per_s"), 20.0, False),
+    Bar("checkpoints a second at delay 50 ms", "checkpoint", ("rate", "per_s"), 20.0, False),
     Bar("downtime, guest idle: slow link / fast link", "checkpoint", ("idle", "slow_to_fast"), 1.5, True),
     Bar(
         "downtime, guest dirties: slow link / fast link",

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,23 @@ def downtimes(machines: Sequence[Machine], delay: int, windows: int, seconds: fl
     }
 
 
-def rate(machine: Machine, seconds: float) -> tuple[float, int]:
-    """@return: checkpoints a second, from the first stop of the guest to the last, and their count."""
+def rate(machine: Machine, seconds: float) -> dict[str, float]:
+    """
+    @return: checkpoints a second, from the first stop of the guest to the last, so that none is counted by half. What
+        it stood still for at either end of the window counts, beyond a period that may be due there.
+    """
     stops = [when for when, _ in window(machine, RATE_DELAY, seconds)]
     if len(stops) < 2:
         raise Broken(f"{machine.name}: {len(stops)} checkpoints in {seconds} s")
-    return (len(stops) - 1) / (stops[-1] - stops[0]), len(stops)
+    span = max(stops[-1] - stops[0], seconds - 2 * RATE_DELAY / 1000)
+    longest = max(after - before for before, after in pairwise(stops))
+    return {
+        "delay_ms": RATE_DELAY,
+        "window_s": seconds,
+        "checkpoints": len(stops),
+        "per_s": round((len(stops) - 1) / span, 1),
+        "longest_period_ms": round(longest * 1000, 1),
+    }
 
 
 def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -124,13 +136,7 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
                 machine.rest()
             result[workload] = downtimes(machines, DELAYS[workload], options.windows, options.seconds)
             if workload == "idle":
-                result["rate"] = {"delay_ms": RATE_DELAY, "window_s": options.rate_seconds}
-                for machine in machines[:2]:
-                    perSecond, count = rate(machine, options.rate_seconds)
-                    result["rate"] |= {
-                        f"{machine.name}_per_s": round(perSecond, 1),
-                        f"{machine.name}_n": count,
-                    }
+                result["rate"] = rate(machines[1], options.rate_seconds)
                 say(f"  {result['rate']}")
     return result
 
