@@ -8,6 +8,10 @@
  * it back when it returns. The caller may have missed its wake-up before the mutex was taken, so the wait is limited
  * to one millisecond. That is sound: callers must expect to wake for no reason, and look again at what they wait for.
  *
+ * For the same reason the virtual CPU may miss that it is wanted: it was kicked without the lock, between its look at
+ * its work and its wait, and sleeps until something else wakes it, which for an idle guest takes seconds. So whoever
+ * waits without the lock, once it has it, wakes all who wait with it. They, too, must expect to wake for no reason.
+ *
  * Who holds a mutex is read from the field glibc keeps for it, for every kind of mutex unless lock elision is on (it
  * is off unless the environment asks for it).
  */
@@ -35,6 +39,51 @@ static cond_wait find_original(void)
     return (cond_wait)found;
 }
 
+enum { WAITERS = 1024 }; /* the virtual CPUs of the largest guest, and some; who finds no place just waits */
+
+static struct {
+    pthread_cond_t *cond;
+    pthread_mutex_t *mutex;
+} waiters[WAITERS];
+
+static pthread_mutex_t waiters_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int enter(pthread_cond_t *cond, pthread_mutex_t *mutex)
+{
+    int place = 0;
+
+    pthread_mutex_lock(&waiters_lock);
+    while (place < WAITERS && waiters[place].cond != NULL) {
+        place++;
+    }
+    if (place < WAITERS) {
+        waiters[place].cond = cond;
+        waiters[place].mutex = mutex;
+    }
+    pthread_mutex_unlock(&waiters_lock);
+    return place;
+}
+
+static void leave(int place)
+{
+    pthread_mutex_lock(&waiters_lock);
+    if (place < WAITERS) {
+        waiters[place].cond = NULL;
+    }
+    pthread_mutex_unlock(&waiters_lock);
+}
+
+static void wake_all(pthread_mutex_t *mutex)
+{
+    pthread_mutex_lock(&waiters_lock);
+    for (int place = 0; place < WAITERS; place++) {
+        if (waiters[place].cond != NULL && waiters[place].mutex == mutex) {
+            pthread_cond_broadcast(waiters[place].cond);
+        }
+    }
+    pthread_mutex_unlock(&waiters_lock);
+}
+
 static int wait_unowned(pthread_cond_t *cond, pthread_mutex_t *mutex)
 {
     struct timespec until;
@@ -43,6 +92,7 @@ static int wait_unowned(pthread_cond_t *cond, pthread_mutex_t *mutex)
     if (error != 0) {
         return error;
     }
+    wake_all(mutex);
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += 1000000;
     if (until.tv_nsec >= 1000000000) {
@@ -57,6 +107,7 @@ int pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex)
 {
     static cond_wait original;
     cond_wait wait = __atomic_load_n(&original, __ATOMIC_RELAXED);
+    int place, error;
 
     if (mutex->__data.__owner != gettid()) {
         return wait_unowned(cond, mutex);
@@ -65,5 +116,8 @@ int pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex)
         wait = find_original();
         __atomic_store_n(&original, wait, __ATOMIC_RELAXED);
     }
-    return wait(cond, mutex);
+    place = enter(cond, mutex);
+    error = wait(cond, mutex);
+    leave(place);
+    return error;
 }

@@ -48,7 +48,24 @@ threading.Timer(0.1, signal).start()
 assert wait() == 0
 assert time.monotonic() - begin >= 0.09, "it woke before the signal"
 assert library.pthread_mutex_trylock(mutex) != 0, "it came back without the mutex"
-print("fine")
+library.pthread_mutex_unlock(mutex)
+
+# Who waits properly, for whatever, is woken by a wait without the mutex: its own wake-up may have come too early.
+other = ctypes.create_string_buffer(64)
+
+def sleep():
+    library.pthread_mutex_lock(mutex)
+    library.pthread_cond_wait(other, mutex)
+    library.pthread_mutex_unlock(mutex)
+
+sleeper = threading.Thread(target=sleep, daemon=True)
+sleeper.start()
+time.sleep(0.1)
+assert sleeper.is_alive(), "it woke for nobody"
+assert wait() == 0
+sleeper.join(5)
+assert not sleeper.is_alive(), "it sleeps on"
+print("fine", flush=True)
 """
 
 
