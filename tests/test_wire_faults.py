@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from twisted.internet import reactor
 from twisted.internet.defer import DeferredList, ensureDeferred, succeed
@@ -150,6 +151,9 @@ class SecondaryTests(TestCase):
 
     timeout = 300
 
+    def setUp(self) -> None:
+        self.instance = str(uuid4())
+
     async def secondary(self, hosts: Hosts, name: str = "secondary") -> DaemonProcess:
         daemon = hosts.daemon("secondary", name, on_lost_peer="hold")
         daemon.start()
@@ -168,10 +172,7 @@ class SecondaryTests(TestCase):
         where = f"{fault.__name__} instead of piece {boundary} ({RECORDING.pieces[boundary][0]})"
         held = await self.held(daemon)
         before = len(logOf(daemon))
-        peer = ScriptedPeer(hosts, "primary")
-        coming = ensureDeferred(peer.session())
-        peer.start()
-        session = await coming
+        peer, session = await self.linked(hosts)
         await script(session, boundary)
         whole = RECORDING.whole(boundary)
         if whole:
@@ -196,18 +197,23 @@ class SecondaryTests(TestCase):
         return int((await daemon.query("query-colotx-stats"))["held-checkpoint"])
 
     async def everywhere(self, fault: Fault, reason: str, boundaries: Any = BOUNDARIES) -> None:
-        """The fault at all boundaries; then a daemon as a primary."""
+        """The fault at all boundaries; then everything right once more."""
         async with Hosts() as hosts:
             daemon = await self.secondary(hosts)
             for boundary in boundaries:
                 await self.fault(hosts, daemon, boundary, fault, reason)
-            await self.isProtectedByADaemon(hosts, daemon)
+            peer, session = await self.linked(hosts)
+            await script(session, len(BOUNDARIES))
+            self.assertEqual(await status(daemon), "protected")
+            self.assertTrue(RECORDING.isCheckpoint(3, heldRam(daemon)))
+            await peer.stop()
 
-    async def isProtectedByADaemon(self, hosts: Hosts, daemon: DaemonProcess) -> None:
-        primary = hosts.daemon("primary")
-        primary.start()
-        await until(lambda: isProtected(primary, daemon), "a real primary is protected")
-        await primary.stop()
+    async def linked(self, hosts: Hosts) -> tuple[ScriptedPeer, Session]:
+        """@return: a new session of the same primary; another instance would be one whose guest is dead."""
+        peer = ScriptedPeer(hosts, "primary", instance=self.instance)
+        coming = ensureDeferred(peer.session())
+        peer.start()
+        return peer, await coming
 
     @asynchronous
     async def test_vanish(self) -> None:
