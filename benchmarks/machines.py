@@ -145,7 +145,12 @@ class Machine:
 
     def rest(self) -> None:
         """Take no more checkpoints and let the guest stand still, so that another machine has the processors."""
+        known = len(self.monitor.downtimes)
         self.setDelay(NEVER)
+        # Told to stop in the middle of a checkpoint, QEMU might not end it.
+        waitFor(
+            "the checkpoint that the delay brings", BOOT_LIMIT, lambda: len(self.monitor.downtimes) > known
+        )
         self._quiet()
         self.monitor.execute("stop")
 
