@@ -42,7 +42,16 @@ class PluginTests(TestCase):
         for arguments, words in (
             (["--role=both"], "role: 'both' is none of primary, secondary"),
             # Found out only when the service is made:
-            (["--role=primary", "--ca=nowhere", "--certificate=c", "--key=k"], "nowhere is missing"),
+            (
+                [
+                    "--role=primary",
+                    f"--state-dir={self.mktemp()}",
+                    "--ca=nowhere",
+                    "--certificate=c",
+                    "--key=k",
+                ],
+                "nowhere is missing",
+            ),
         ):
             out, err, code = await twistd("-n", "colo", *arguments)
             self.assertEqual(code, 1)
