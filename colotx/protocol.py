@@ -113,7 +113,6 @@ class ColoDecoder:
     def __init__(self) -> None:
         self._chunks: deque[memoryview] = deque()
         self._ended = False
-        self._inside = ""  # what we are in the middle of, for the error when the channel ends here
         self._sizePending = False
         self.buffered = 0
 
@@ -250,8 +249,6 @@ class ColoConnection(Protocol):
         self._readPaused = False
         self._writePaused = False
         self.whenLost: Callable[[ColoError], None] | None = None
-        self.bytesReceived = 0
-        self.bytesSent = 0
 
     # -- Twisted's side
 
@@ -261,7 +258,6 @@ class ColoConnection(Protocol):
         self.transport.registerProducer(self, True)  # type: ignore[attr-defined]
 
     def dataReceived(self, data: bytes) -> None:
-        self.bytesReceived += len(data)
         self._decoder.feed(data)
         if self._readWaiter is not None:
             waiter, self._readWaiter = self._readWaiter, None
@@ -399,7 +395,6 @@ class ColoConnection(Protocol):
         self.checkOpen()
         transport: ITransport | None = self.transport
         assert transport is not None
-        self.bytesSent += len(data)
         transport.write(data)
 
     async def _receive(self, ask: Callable[[], _T | None], timeout: float | None, what: str) -> _T:
