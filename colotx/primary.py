@@ -17,8 +17,8 @@ from twisted.internet.task import deferLater
 
 from colotx.announce import AddressTable, Announcer
 from colotx.checkpoint import PrimaryProcess
-from colotx.compare import OutputGate
 from colotx.errors import ColoError, GuestError, GuestLost, PeerLost
+from colotx.gate import OutputGate
 from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
 from colotx.ports import parseOutside

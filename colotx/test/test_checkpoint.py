@@ -17,7 +17,7 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from colotx.checkpoint import FailoverRequested, PrimaryProcess, SecondaryProcess
-from colotx.compare import OutputGate
+from colotx.gate import OutputGate
 from colotx.errors import (
     ColoError,
     GuestLost,

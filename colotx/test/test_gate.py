@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
-from colotx.compare import GateLimits, OutputGate
+from colotx.gate import GateLimits, OutputGate
 from colotx.interfaces import IOutputGate
 
 
