@@ -222,6 +222,21 @@ class ISecondaryGuest(Interface):
         """Free everything. @return: a Deferred that never fails."""
 
 
+class IActiveSecondary(ISecondaryGuest):
+    """
+    A running VM that stands by: it gets every input frame, and what it says is compared.
+
+    Its VM stops at C{prepare} and runs again when C{settle} fires. C{abandon} after C{prepare} leaves it stopped, and
+    C{promote} then goes on from its own state: all that left the primary until then, it has said too. A VM that failed
+    to load is never promoted.
+    """
+
+    port = Attribute(
+        "L{IFramePort}: the running guest's NIC. Frames pass from the first C{settle} on, in the sequence and time "
+        "stamp space of the primary's clients."
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointImage:
     """
@@ -245,9 +260,10 @@ class IGuestFactory(Interface):
     def createPrimary():  # type: ignore[no-untyped-def]
         """@return: an L{IPrimaryGuest} that will boot afresh when launched."""
 
-    def createStandby():  # type: ignore[no-untyped-def]
+    def createStandby(kind="passive"):  # type: ignore[no-untyped-def]
         """
-        @return: a fresh empty L{ISecondaryGuest} on the secondary host.
+        @param kind: C{passive} or C{active}.
+        @return: a fresh empty L{ISecondaryGuest} on the secondary host; an L{IActiveSecondary} if it is active.
         """
 
 
@@ -363,6 +379,7 @@ __all__ = [
     "CheckpointImage",
     "ColoMode",
     "Grant",
+    "IActiveSecondary",
     "IDeviceState",
     "IFramePort",
     "IGuestFactory",

@@ -42,7 +42,7 @@ class SecondaryRole(ProtectedRole):
         """
         super().__init__(around)
         self._promoted = promoted
-        self.standby = around.factory.createStandby()
+        self.standby = around.factory.createStandby(around.settings.secondary)
         self.replication = NoReplication()
         self.addresses = AddressTable()
         self._superseded = False

@@ -20,7 +20,7 @@ DEFAULT_PORT = 7800
 
 ROLES = ("primary", "secondary")
 GUESTS = ("memory", "qemu")
-KINDS = ("passive",)
+KINDS = ("passive", "active")
 ON_LOST_PEER = ("hold", "failover")
 SCHEDULING = ("realtime", "normal")
 

@@ -317,7 +317,7 @@ class MemoryGuestFactory:
     def createPrimary(self) -> MemoryPrimaryGuest:
         return MemoryPrimaryGuest.fresh(self._clock, self._settings)
 
-    def createStandby(self) -> PassiveSecondary:
+    def createStandby(self, kind: str = "passive") -> PassiveSecondary:
         return PassiveSecondary(
             self._clock, self._newCache, lambda image: MemoryPrimaryGuest.fromImage(self._clock, image)
         )

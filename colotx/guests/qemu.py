@@ -34,7 +34,7 @@ class QemuGuestFactory:
         """As L{IGuestFactory.createPrimary}."""
         return QemuPrimaryGuest(self._reactor, self._settings)
 
-    def createStandby(self) -> QemuStandby:
+    def createStandby(self, kind: str = "passive") -> QemuStandby:
         """As L{IGuestFactory.createStandby}."""
         return QemuStandby(self._reactor, self._settings, self._newCache)
 
