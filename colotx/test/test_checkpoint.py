@@ -17,7 +17,6 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from colotx.checkpoint import FailoverRequested, PrimaryProcess, SecondaryProcess
-from colotx.gate import OutputGate
 from colotx.errors import (
     ColoError,
     GuestLost,
@@ -31,6 +30,7 @@ from colotx.errors import (
     UnexpectedMessage,
 )
 from colotx.failover import FailoverCause, FailoverService, FailoverStatus
+from colotx.gate import OutputGate
 from colotx.guests.memory import MemoryGuestFactory, MemorySettings
 from colotx.interfaces import ColoMode, Grant, IReplication, RunState
 from colotx.protocol import ColoMessage, encodeMessage

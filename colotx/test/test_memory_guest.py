@@ -19,8 +19,8 @@ from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import SkipTest, SynchronousTestCase, TestCase
 from zope.interface.verify import verifyObject
 
-from colotx.gate import OutputGate
 from colotx.errors import ConfigError, GuestError
+from colotx.gate import OutputGate
 from colotx.guests._tinytcp import RING
 from colotx.guests.memory import MACHINE, MemoryGuestFactory, MemorySettings
 from colotx.interfaces import (
