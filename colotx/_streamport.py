@@ -12,6 +12,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, fail, succeed
@@ -292,7 +293,7 @@ class ListeningStreamPort(_StreamPort):
         """@raise ConfigError: the socket cannot be made, or somebody else listens on it."""
         self._closing = False
         try:
-            _removeStaleSocket(self._path)
+            removeStaleSocket(self._path)
             self._listening = self._reactor.listenUNIX(self._path, self._factory(), mode=0o600)
         except (CannotListenError, OSError) as error:
             return fail(ConfigError(f"{self._path}: cannot listen on this unix socket: {error}"))
@@ -320,8 +321,11 @@ class ListeningStreamPort(_StreamPort):
         log.error("{port}: client disconnected: {error}", port=self, error=error)
 
 
-def _removeStaleSocket(path: str) -> None:
+def removeStaleSocket(path: str) -> None:
     """Remove a socket nobody listens on, left behind by a process that was killed."""
+    if not Path(path).is_socket():
+        # Connecting to any other file is refused, too.
+        return
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)

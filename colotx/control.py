@@ -169,17 +169,17 @@ def defaultControlPath(vm: str) -> str:
     return f"{controlDirectory()}/{vm}.sock"
 
 
-class ControlService(Service):
+class ControlSocket(Service):
     """
-    Serves the control socket, mode 0600, while it runs.
+    Serves a command table on a socket, mode 0600, while it runs.
 
     @ivar path: of the socket.
     """
 
-    def __init__(self, reactor: Any, path: str, node: ColoNode) -> None:
+    def __init__(self, reactor: Any, path: str, commands: Mapping[str, Command]) -> None:
         """@param reactor: provides C{IReactorTime} and C{IReactorUNIX}."""
         self._reactor = reactor
-        self._factory = QmpServerFactory(reactor, commandTable(node), _version())
+        self._factory = QmpServerFactory(reactor, commands, _version())
         self._port: IListeningPort | None = None
         self.path = path
 
@@ -216,6 +216,14 @@ class ControlService(Service):
     def emit(self, event: str, data: Mapping[str, object]) -> None:
         """Send an event to all clients. Never waits; harmless when the service does not run."""
         self._factory.emit(event, data)
+
+
+class ControlService(ControlSocket):
+    """The control socket of a daemon that protects a VM."""
+
+    def __init__(self, reactor: Any, path: str, node: ColoNode) -> None:
+        """@param reactor: as for L{ControlSocket}."""
+        super().__init__(reactor, path, commandTable(node))
 
 
 def _makeRoom(path: str) -> None:
@@ -276,6 +284,7 @@ __all__ = [
     "ColoNode",
     "ColoStatus",
     "ControlService",
+    "ControlSocket",
     "commandTable",
     "controlDirectory",
     "defaultControlPath",

@@ -309,6 +309,15 @@ class StreamPortTests(TestCase):
         self.assertIn(self.path, str(error))
         await self.client.open()
 
+    async def test_otherFileStays(self):
+        """What is no socket is not removed to make room for one, though connecting to it is refused too."""
+        path = self.mktemp()
+        with open(path, "w") as file:
+            file.write("precious")
+        await self.assertFailure(ListeningStreamPort(reactor, path).open(), ConfigError)
+        with open(path) as file:
+            self.assertEqual(file.read(), "precious")
+
     async def test_listenErrors(self):
         """A directory that does not exist is a clear error."""
         error = await self.assertFailure(ListeningStreamPort(reactor, "no/such/dir").open(), ConfigError)
