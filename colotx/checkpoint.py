@@ -13,7 +13,8 @@ for the checkpoint's epoch on the peer's RECEIVED, never earlier.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from colotx.errors import ColoError, GuestError, GuestLost, UnexpectedMessage
 from colotx.failover import FailoverService
 from colotx.interfaces import ColoMode
 from colotx.protocol import ColoConnection, ColoMessage, WholeStream, encodeMessage
+from colotx.relay import NoRelay, SecondaryRelay
 from colotx.spool import Spool
 from colotx.statistics import CheckpointRecord, CheckpointStatistics
 from colotx.trigger import CheckpointTrigger
@@ -125,6 +127,7 @@ class PrimaryProcess:
         statistics: CheckpointStatistics,
         makeSpool: Callable[[], Spool] | None,
         timeouts: Timeouts = Timeouts(),
+        relay: Any = None,
         trace: bool = False,
         onExposed: Callable[[], None] = lambda: None,
         onCommitted: Callable[[CheckpointRecord], None] = lambda record: None,
@@ -135,6 +138,7 @@ class PrimaryProcess:
         @param replication: an L{colotx.interfaces.IReplication}.
         @param makeSpool: makes the spool of a pipelined checkpoint; None: not pipelined, the guest is answered
             only when the peer has loaded (active secondary).
+        @param relay: an L{colotx.interfaces.IFrameRelay}: carries the frames of an active secondary.
         @param trace: log every message and phase.
         @param onExposed: called once, when the initial transfer is out: from then on the peer may hold a checkpoint.
             When it raises, the protection ends before the peer could.
@@ -146,6 +150,7 @@ class PrimaryProcess:
         self._replication = replication
         self._failover = failover
         self._makeSpool = makeSpool
+        self._relay = relay or NoRelay()
         self._timeouts = timeouts
         self._onExposed = onExposed
         self._onCommitted = onCommitted
@@ -174,7 +179,10 @@ class PrimaryProcess:
             raise
         finally:
             self.trigger.disarm()
-            await self._release()
+            try:
+                await self._release()
+            finally:
+                self._relay.end()
 
     async def _release(self) -> None:
         """@raise GuestLost: the guest does not run on: it is as good as dead."""
@@ -215,6 +223,7 @@ class PrimaryProcess:
         guest.port.drain()
         self._gate.shut()
         epoch = self._gate.closeEpoch()
+        self._relay.closeEpoch(0)
         # With the last piece the peer can hold a checkpoint, and one day go on from it: nothing leaves uncovered from
         # here on, and whoever must know that is told first.
         self._onExposed()
@@ -235,6 +244,7 @@ class PrimaryProcess:
         """One checkpoint: REQUEST to LOADED."""
         guest, timeouts = self._guest, self._timeouts
         began = self._clock.seconds()
+        self._relay.hold()
         self._send(wire, ColoMessage.CHECKPOINT_REQUEST)
         await self._expect(wire, ColoMessage.CHECKPOINT_REPLY, timeouts.message)
         record.request = self._since(began)
@@ -248,6 +258,7 @@ class PrimaryProcess:
         self._check(wire)
         guest.port.drain()
         epoch = self._gate.closeEpoch()
+        self._relay.closeEpoch(record.number)
         # Everything asked for up to this stop is covered. A trigger that comes later asks for the next one: with
         # a pipelined commit the guest runs, and speaks, before RECEIVED.
         self.trigger.reset()
@@ -316,6 +327,8 @@ class PrimaryProcess:
 
     async def _answer(self, record: CheckpointRecord, stopping: float) -> None:
         await self._guest.start()
+        self._relay.resume(record.number)
+        self.trigger.resumed()
         record.downtime = self._since(stopping)
         self._trace.phase("guest answered", downtime=record.downtime)
 
@@ -363,11 +376,13 @@ class SecondaryProcess:
         replication: Any,
         failover: FailoverService,
         timeouts: Timeouts = Timeouts(),
+        relay: SecondaryRelay | None = None,
         trace: bool = False,
         onCommitted: Callable[[int], None] = lambda number: None,
     ) -> None:
         """
         @param guest: an L{colotx.interfaces.ISecondaryGuest}.
+        @param relay: carries the frames of an L{colotx.interfaces.IActiveSecondary}.
         @param trace: log every message.
         @param onCommitted: called with the count of checkpoints held after each commit.
         """
@@ -376,6 +391,7 @@ class SecondaryProcess:
         self._replication = replication
         self._failover = failover
         self._timeouts = timeouts
+        self._relay = relay
         self._onCommitted = onCommitted
         self._trace = _Transcript("secondary", trace)
         self.loading = False
@@ -393,7 +409,8 @@ class SecondaryProcess:
             while True:
                 await self._transaction(wire, ram)
         finally:
-            self.loading = False
+            if self._relay is not None:
+                self._relay.end()
             self._guest.abandon()
 
     async def _initial(self, wire: ColoConnection, ram: RamReader) -> None:
@@ -403,11 +420,14 @@ class SecondaryProcess:
         initial = reader.complete
         assert initial is not None
         self._guest.describe(initial.machine, initial.configuration)
-        await self._guest.commit(initial.deviceState)
-        await self._replication.startAll(ColoMode.SECONDARY)
-        self._onCommitted(self._guest.checkpoint)
-        self._send(wire, ColoMessage.CHECKPOINT_READY)
-        await self._settle()
+        with self._load():
+            await self._guest.commit(initial.deviceState)
+            await self._replication.startAll(ColoMode.SECONDARY)
+            self._onCommitted(self._guest.checkpoint)
+            self._send(wire, ColoMessage.CHECKPOINT_READY)
+            await self._guest.settle()
+        if self._relay is not None:
+            self._relay.begin(self._guest.port)
 
     async def _transaction(self, wire: ColoConnection, ram: RamReader) -> None:
         message = await wire.receiveAny(None)
@@ -418,6 +438,8 @@ class SecondaryProcess:
         self._trace.received(message)
         self._checkFailover()
         await self._guest.prepare()
+        if self._relay is not None:
+            self._relay.closeEpoch()
         self._checkFailover()
         self._send(wire, ColoMessage.CHECKPOINT_REPLY)
         await self._expect(wire, ColoMessage.VMSTATE_SEND, self._timeouts.message)
@@ -428,19 +450,26 @@ class SecondaryProcess:
         blob = await wire.receiveBlob(size, self._timeouts.progress)
         checkDeviceState(blob)
         self._checkFailover()
-        await self._guest.commit(blob)
-        self._onCommitted(self._guest.checkpoint)
-        self._send(wire, ColoMessage.VMSTATE_RECEIVED)
-        await self._settle()
+        with self._load():
+            await self._guest.commit(blob)
+            self._onCommitted(self._guest.checkpoint)
+            self._send(wire, ColoMessage.VMSTATE_RECEIVED)
+            await self._guest.settle()
         self._replication.getErrorAll()
         await self._replication.doCheckpointAll()
         self._send(wire, ColoMessage.VMSTATE_LOADED)
 
-    async def _settle(self) -> None:
-        """@raise FailoverRequested: one waited for the load; LOADED must not be sent."""
+    @contextmanager
+    def _load(self) -> Iterator[None]:
+        """
+        A checkpoint becomes the current one: an active VM is neither the old nor the new one meanwhile, so a failover
+        waits for the end.
+
+        @raise FailoverRequested: one waited; LOADED must not be sent.
+        """
         self.loading = True
         try:
-            await self._guest.settle()
+            yield
         finally:
             self.loading = False
             relaunched = self._failover.loaded()

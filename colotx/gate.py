@@ -91,10 +91,7 @@ class OutputGate:
             self.statistics.released += len(frames)
             self._deliver(frames)
             return
-        size = sum(map(len, frames))
-        self._current.extend(frames)
-        self._currentBytes += size
-        self._count(len(frames), size)
+        self._keep(frames)
         held = self.statistics.heldBytes
         if held > self._limits.highWater and not self._asked:
             self._asked = True
@@ -108,8 +105,7 @@ class OutputGate:
         """@return: the number of the epoch just closed; what it held waits for L{release} of that number."""
         epoch = self._epoch
         self._epoch += 1
-        self._closed.append((epoch, self._current, self._currentBytes))
-        self._current, self._currentBytes = [], 0
+        self._closed.append((epoch, *self._take()))
         self._asked = False
         return epoch
 
@@ -124,14 +120,25 @@ class OutputGate:
         """Let everything leave, and everything that comes."""
         self.isOpen = True
         self.release(self._epoch)
-        frames, size = self._current, self._currentBytes
-        self._current, self._currentBytes = [], 0
-        self._leave(frames, size)
+        self._leave(*self._take())
         self._relax()
 
     def shut(self) -> None:
         """Frames wait from now on. Harmless when it is shut already."""
         self.isOpen = False
+
+    def _keep(self, frames: Sequence[bytes]) -> None:
+        """These wait in the current epoch."""
+        size = sum(map(len, frames))
+        self._current.extend(frames)
+        self._currentBytes += size
+        self._count(len(frames), size)
+
+    def _take(self) -> tuple[list[bytes], int]:
+        """@return: what waits in the current epoch, which is empty then, and its bytes."""
+        taken = self._current, self._currentBytes
+        self._current, self._currentBytes = [], 0
+        return taken
 
     def _leave(self, frames: list[bytes], size: int) -> None:
         if frames:

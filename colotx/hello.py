@@ -94,7 +94,7 @@ class Hello:
     @ivar instance: a UUID made when the daemon started: tells a restarted daemon from the one before.
     @ivar epoch: the generation the daemon knows of; counts failovers.
     @ivar secondary: C{passive} (RAM image) or C{active} (COLO).
-    @ivar frames: the dialer wants a channel for NIC frames.
+    @ivar frames: there is to be a channel for NIC frames; an active secondary needs it.
     @ivar session: a UUID, new for every session; made by the dialer, repeated by the listener.
     """
 
@@ -154,6 +154,8 @@ class Hello:
             return "the peer is this very daemon; check the peer's address"
         if peer.secondary != self.secondary:
             return f"the peer is set up with secondary={peer.secondary}, this daemon with secondary={self.secondary}"
+        if self.secondary == "active" and not (peer.frames and self.frames):
+            return "an active secondary needs the frames channel, which one side did not ask for"
         return None
 
 

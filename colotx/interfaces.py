@@ -167,6 +167,7 @@ class ISecondaryGuest(Interface):
 
     kind = Attribute("'passive' or 'active'.")
     checkpoint = Attribute("int: how many checkpoints were committed, the initial one included; 0: none yet.")
+    promotable = Attribute("bool: whether C{promote} has something to go on from.")
 
     def stageInitial(raw, events):  # type: ignore[no-untyped-def]
         """
@@ -334,6 +335,25 @@ class IOutputGate(Interface):
         """Protected again: frames wait from now on."""
 
 
+class IFrameRelay(Interface):
+    """
+    The frames of an active secondary, driven by the primary's checkpoint process. For each checkpoint C{hold},
+    C{closeEpoch}, C{resume}, in this order; C{number} counts them, 0 is the initial transfer (which has no C{hold}).
+    """
+
+    def hold():  # type: ignore[no-untyped-def]
+        """REQUEST is about to be sent: no more input to either VM."""
+
+    def closeEpoch(number):  # type: ignore[no-untyped-def]
+        """Both VMs are stopped and the primary's port is drained: compare no more of what they said until now."""
+
+    def resume(number):  # type: ignore[no-untyped-def]
+        """Both VMs run from checkpoint C{number}: what was held goes to both."""
+
+    def end():  # type: ignore[no-untyped-def]
+        """The protection is over; the primary's VM gets what was held."""
+
+
 class IReplication(Interface):
     """Disk replication, driven by the checkpoint process (the COLO framework's replication_*_all)."""
 
@@ -382,6 +402,7 @@ __all__ = [
     "IActiveSecondary",
     "IDeviceState",
     "IFramePort",
+    "IFrameRelay",
     "IGuestFactory",
     "ILiveState",
     "IOutputGate",

@@ -16,6 +16,7 @@ from colotx.errors import ColoError, PeerLost
 from colotx.failover import FailoverCause
 from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
+from colotx.relay import SecondaryRelay
 from colotx.replication import NoReplication
 from colotx.role import ControlMessage, PeerResync, ProtectedRole, Surroundings
 from colotx.status import Protection
@@ -43,6 +44,8 @@ class SecondaryRole(ProtectedRole):
         super().__init__(around)
         self._promoted = promoted
         self.standby = around.factory.createStandby(around.settings.secondary)
+        if self.standby.kind == "active":
+            self.standby.onLost = self._fail
         self.replication = NoReplication()
         self.addresses = AddressTable()
         self._superseded = False
@@ -167,16 +170,25 @@ class SecondaryRole(ProtectedRole):
             self.standby,
             self.replication,
             self.failover,
+            relay=None if session.frames is None else SecondaryRelay(session.frames),
             trace=self._around.settings.trace,
             onCommitted=self._committed,
         )
         try:
             await process.run(session.colo)
         except ColoError as error:
+            self._checkStandby(session, error)
             self._over(session, error)
         except Exception as error:
             self.log.failure("the protection ended unexpectedly")
             self._over(session, ColoError(f"internal error, see the log: {error!r}"))
+
+    def _checkStandby(self, session: Any, error: ColoError) -> None:
+        """A VM that died, or failed to load, is nothing to go on from: the primary must not wait for this side."""
+        if self.mode is ColoMode.SECONDARY and not self.standby.promotable:
+            self.log.error("the standby is lost: {error}", error=error)
+            self.mode = ColoMode.NONE
+            session.control.send({"type": ControlMessage.STANDBY_GONE, "reason": str(error)})
 
     def _committed(self, number: int) -> None:
         self._checkpointOf = self._primary
@@ -200,7 +212,7 @@ class SecondaryRole(ProtectedRole):
             return
         if self.mode is not ColoMode.SECONDARY:
             self._set(
-                Protection.UNPROTECTED, f"the primary was lost before a checkpoint was whole: {error}", ALONE
+                Protection.UNPROTECTED, f"there is no checkpoint that could go on: {error}", ALONE
             )
             return
         self._set(

@@ -81,8 +81,13 @@ class Settings:
     @ivar certificate: path of this daemon's certificate (PEM).
     @ivar key: path of its private key (PEM).
     @ivar guest: kind of guest.
-    @ivar secondary: kind of secondary.
+    @ivar secondary: kind of secondary: C{passive} is a RAM image, C{active} a VM that runs in step.
     @ivar checkpointDelay: x-checkpoint-delay (ms).
+    @ivar checkpointFloor: time the guest runs at least between two checkpoints, whatever asks for them (ms).
+    @ivar compareTimeout: how long a frame of an active pair waits for its counterpart before it asks for a
+        checkpoint (ms).
+    @ivar expiredScanCycle: how often that is looked at (ms).
+    @ivar maxQueueSize: frames of one connection that wait before they ask for a checkpoint.
     @ivar heartbeatInterval: time between two heartbeats (ms).
     @ivar heartbeatLimit: silence after which the peer is lost (ms).
     @ivar onLostPeer: C{hold}: wait for the operator; C{failover}: go on alone.
@@ -115,6 +120,10 @@ class Settings:
     guest: str = "memory"
     secondary: str = "passive"
     checkpointDelay: int = 20000
+    checkpointFloor: int = 20
+    compareTimeout: int = 3000
+    expiredScanCycle: int = 1000
+    maxQueueSize: int = 1024
     heartbeatInterval: int = 100
     heartbeatLimit: int = 300
     onLostPeer: str = "hold"
@@ -251,6 +260,10 @@ def _check(settings: Settings) -> None:
     need(_MAC.fullmatch(settings.mac) is not None, "mac", f"{settings.mac!r} is no MAC address")
     need(int(settings.mac[:2], 16) & 1 == 0, "mac", f"{settings.mac!r} is a multicast address")
     need(0 < settings.checkpointDelay < 1 << 32, "checkpointDelay", "must be 1 to 4294967295 ms")
+    need(0 <= settings.checkpointFloor <= 60000, "checkpointFloor", "must be 0 to 60000 ms")
+    need(1 <= settings.compareTimeout < 1 << 32, "compareTimeout", "must be 1 to 4294967295 ms")
+    need(1 <= settings.expiredScanCycle < 1 << 32, "expiredScanCycle", "must be 1 to 4294967295 ms")
+    need(1 <= settings.maxQueueSize <= 1 << 20, "maxQueueSize", "must be 1 to 1048576 frames")
     need(10 <= settings.heartbeatInterval <= 60000, "heartbeatInterval", "must be 10 to 60000 ms")
     need(
         settings.heartbeatLimit >= 2 * settings.heartbeatInterval,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.task import deferLater
 
 DEFAULT_DELAY = 20000
 """QEMU's default of x-checkpoint-delay, milliseconds."""
@@ -20,10 +21,15 @@ class CheckpointTrigger:
     """
     One pending notification, a timer that makes it, and at most one waiter for it.
 
+    However many notifications come, the guest runs for C{floor} milliseconds between two checkpoints: a storm of
+    differences must not keep it standing.
+
+    @ivar floor: milliseconds, 0 or more.
     @ivar early: notifications that were not the timer's.
+    @ivar deferred: checkpoints that had to wait for the floor.
     """
 
-    def __init__(self, clock: IReactorTime, delay: int = DEFAULT_DELAY) -> None:
+    def __init__(self, clock: IReactorTime, delay: int = DEFAULT_DELAY, floor: int = 0) -> None:
         """@param delay: x-checkpoint-delay, milliseconds, above 0."""
         self._clock = clock
         self._delay = delay
@@ -31,7 +37,10 @@ class CheckpointTrigger:
         self._due = 0.0
         self._pending: str | None = None
         self._waiter: Deferred[None] | None = None
+        self._resumed = 0.0
+        self.floor = floor
         self.early = 0
+        self.deferred = 0
 
     @property
     def delay(self) -> int:
@@ -74,7 +83,17 @@ class CheckpointTrigger:
                 await self._waiter
             finally:
                 self._waiter = None
+        rest = self._resumed + self.floor / 1000 - self._clock.seconds()
+        if rest > 0:
+            self.deferred += 1
+            reason = self._pending
+            await deferLater(self._clock, rest)
+            return reason
         return self._pending
+
+    def resumed(self) -> None:
+        """The guest runs again after a checkpoint."""
+        self._resumed = self._clock.seconds()
 
     def _notify(self, reason: str) -> None:
         if self._pending is None:

@@ -57,6 +57,11 @@ class PassiveSecondary:
         self._described = self._description = ("", b"")
         self._over = ""
 
+    @property
+    def promotable(self) -> bool:
+        """As L{ISecondaryGuest.promotable}."""
+        return self._current is not None and not self._over
+
     def stageInitial(self, raw: bytes | memoryview, events: Sequence[RamEvent]) -> None:
         """The initial stream goes into a cache of its own, until it is committed."""
         self._checkOpen()

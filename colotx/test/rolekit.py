@@ -17,6 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from colotx import primary as primaryModule
 from colotx.errors import ColoError, PeerLost, StorageError
 from colotx.failover import FailoverCause
+from colotx.frames import FrameChannel
 from colotx.guests.memory import MemoryGuestFactory, MemorySettings
 from colotx.hello import Hello
 from colotx.interfaces import RunState
@@ -47,9 +48,14 @@ class Outside(NullPort):
 
 
 class End:
-    """One end of a session, as a role sees it: C{peer}, C{control}, C{colo}, C{error}, C{close}."""
+    """One end of a session, as a role sees it: C{peer}, C{control}, C{colo}, C{frames}, C{error}, C{close}."""
 
     def __init__(self, clock: Clock, peer: Hello) -> None:
+        self.frames: FrameChannel | None = None
+        self.frameTransport = PipeTransport()
+        if peer.secondary == "active":
+            self.frames = FrameChannel()
+            self.frames.makeConnection(self.frameTransport)
         self.peer = peer
         self.control = self
         self.colo = ColoConnection(clock)
@@ -84,6 +90,8 @@ class End:
         """The connection is gone."""
         self.error = self.error or error
         self.colo.connectionLost(Failure(ConnectionLost()))
+        if self.frames is not None:
+            self.frames.connectionLost(Failure(ConnectionLost()))
 
 
 class Session:
@@ -108,6 +116,9 @@ class Session:
                 if source.transport.sent and not target.transport.paused and not self.over:
                     target.colo.dataReceived(source.transport.sent.popleft())
                     moved = True
+                elif source.frameTransport.sent and not self.over:
+                    target.frames.dataReceived(source.frameTransport.sent.popleft())
+                    moved = True
                 elif source.sent and not self.over:
                     message = source.sent.popleft()
                     target.receive(message)
@@ -129,14 +140,14 @@ class Side:
     One host: a role and what surrounds it. As L{colotx.service.ColoService} does, it changes its role at a failover.
     """
 
-    def __init__(self, case: RoleCase, role: str, policy: str) -> None:
+    def __init__(self, case: RoleCase, role: str, policy: str, kind: str) -> None:
         self.clock = case.clock
         self.events: list[tuple[str, dict[str, object]]] = []
         self.outside = Outside()
         self.store = StateStore(case.mktemp())
         self.hungUp = False
         self.status = StatusBoard(self.clock, lambda event, data: None)
-        settings = Settings(role=role, onLostPeer=policy, checkpointDelay=100)
+        settings = Settings(role=role, onLostPeer=policy, checkpointDelay=100, secondary=kind)
         self.around = Surroundings(
             reactor=self.clock,
             settings=settings,
@@ -170,7 +181,9 @@ class Side:
         return ensureDeferred(self.role.goOn(grant))
 
     def hello(self, **fields) -> Hello:
+        kind = self.around.settings.secondary
         values = {"vm": "guest0", "role": self.role.role, "instance": self.around.instance}
+        values |= {"secondary": kind, "frames": kind == "active"}
         return Hello(**(values | {"epoch": self.store.current.epoch} | fields))
 
     def start(self) -> Deferred[None]:
@@ -214,12 +227,13 @@ class RoleCase(SynchronousTestCase):
     """A pair: C{a} is started as primary, C{b} as secondary."""
 
     policy = "hold"
+    kind = "passive"
 
     def setUp(self) -> None:
         self.clock = Clock()
         self.sessions: list[Session] = []
-        self.a = Side(self, "primary", self.policy)
-        self.b = Side(self, "secondary", self.policy)
+        self.a = Side(self, "primary", self.policy, self.kind)
+        self.b = Side(self, "secondary", self.policy, self.kind)
         self.addCleanup(self._end)
 
     def _end(self) -> None:

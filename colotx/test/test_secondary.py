@@ -117,7 +117,7 @@ class HoldTests(RoleCase):
         self.connect().cut()
         self.advance(RESYNC_GRACE * 2)
         self.assertSpeaks(self.a)
-        self.assertIn("before a checkpoint was whole", self.b.why)
+        self.assertIn("no checkpoint that could go on", self.b.why)
 
 
 class FailoverPolicyTests(RoleCase):

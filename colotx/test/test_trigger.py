@@ -90,3 +90,27 @@ class TriggerTests(SynchronousTestCase):
         self.trigger.disarm()
         self.assertIsNone(self.due())
         self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_floor(self) -> None:
+        """However often it is notified, the guest gets its time between two checkpoints."""
+        self.trigger.floor = 20
+        self.trigger.arm()
+        self.clock.advance(0.05)
+        self.trigger.resumed()
+        self.trigger.notify("a difference")
+        self.trigger.notify("another")
+        d = ensureDeferred(self.trigger.wait())
+        self.clock.advance(0.019)
+        self.assertNoResult(d)
+        self.clock.advance(0.001)
+        self.assertEqual(self.successResultOf(d), "a difference")
+        self.assertEqual((self.trigger.early, self.trigger.deferred), (2, 1))
+
+    def test_floorIsPast(self) -> None:
+        self.trigger.floor = 20
+        self.trigger.arm()
+        self.trigger.resumed()
+        self.clock.advance(0.03)
+        self.trigger.notify("a difference")
+        self.assertEqual(self.due(), "a difference")
+        self.assertEqual(self.trigger.deferred, 0)
