@@ -2,8 +2,8 @@
 The embedded guest's hardware: RAM that knows which pages were written, a workload that checks it, and a NIC.
 
 Everything the machine is lies in its RAM or in its device state, so one made from a checkpoint goes on exactly. It
-is deterministic: the same ticks and frames give the same RAM and the same output. It has no clock; its owner calls
-L{Machine.tick}, and guest time is the number of ticks.
+is deterministic but for its random service: the same ticks and frames give the same RAM and the same output. It has no
+clock; its owner calls L{Machine.tick}, and guest time is the number of ticks.
 """
 
 from __future__ import annotations
@@ -166,13 +166,16 @@ class Machine:
         cpu, nic = _splitDeviceState(deviceState)
         ticks, writes, tickMs, dirtyPages = _CPU.unpack(cpu)
         mac, address = _NIC.unpack(nic)
-        settings = MemorySettings(
-            ramBytes=len(content),
-            dirtyPages=dirtyPages,
-            tickMs=tickMs,
-            mac=mac.hex(":"),
-            address=str(IPv4Address(address)),
-        )
+        try:
+            settings = MemorySettings(
+                ramBytes=len(content),
+                dirtyPages=dirtyPages,
+                tickMs=tickMs,
+                mac=mac.hex(":"),
+                address=str(IPv4Address(address)),
+            )
+        except ConfigError as error:
+            raise GuestError(f"the checkpoint is damaged: {error}") from error
         memory = TrackedMemory(content)
         if memory.read(0, _BOOT.size) != _BOOT.pack(_MAGIC, ticks, writes):
             raise GuestError(

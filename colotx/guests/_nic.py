@@ -2,21 +2,25 @@
 The embedded guest's NIC and the part of IP it speaks: ARP, ICMP echo, UDP echo (RFC 862) and, through
 L{colotx.guests._tinytcp}, TCP echo. IPv4 only, no fragments.
 
+Port 17 is no echo: it answers with random bytes, so two guests in the same state say different things there.
+
 It answers to where a frame came from, so it needs no ARP table and works behind a router.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from ipaddress import IPv4Address
 
-from colotx.guests._tinytcp import PORT, Memory, TcpEcho
+from colotx.guests._tinytcp import PORTS, RANDOM_PORT, Memory, TcpEcho
 
 MTU = 1500
 _BROADCAST = b"\xff" * 6
 _ARP_HEADER = b"\0\1\x08\0\6\4"
 _ICMP, _TCP, _UDP = 1, 6, 17
+_RANDOM_BYTES = 16
 
 
 def checksum(data: bytes) -> int:
@@ -101,12 +105,13 @@ class Nic:
             return
         peerPort, port, length, given = struct.unpack_from(">HHHH", payload)
         payload = payload[:length]
-        if port != PORT or peerPort == PORT or not 8 <= length == len(payload):
-            return  # from port to port of the same service the echo would never end
-        pseudo = self._pseudo(peer, _UDP, length)
-        if given and checksum(pseudo + payload):
+        if port not in PORTS or peerPort in PORTS or not 8 <= length == len(payload):
+            return  # two such services would answer each other for ever
+        if given and checksum(self._pseudo(peer, _UDP, length) + payload):
             return
-        header, data = struct.pack(">HHH", port, peerPort, length), payload[8:]
+        data = os.urandom(_RANDOM_BYTES) if port == RANDOM_PORT else payload[8:]
+        header = struct.pack(">HHH", port, peerPort, 8 + len(data))
+        pseudo = self._pseudo(peer, _UDP, 8 + len(data))
         mark = checksum(pseudo + header + b"\0\0" + data) or 0xFFFF
         self._sendIp(source, peer, _UDP, header + struct.pack(">H", mark) + data)
 

@@ -1,5 +1,6 @@
 """
-A TCP echo server (RFC 9293, RFC 862) whose whole state lies in a guest's RAM.
+A TCP echo server (RFC 9293, RFC 862) whose whole state lies in a guest's RAM. On port 17 it answers with as many
+random bytes instead.
 
 Small, and correct towards any peer: in-order delivery (what comes early or twice is acknowledged and ignored), flow
 control in both directions, retransmission with a doubling timer and slow start, zero-window probes, orderly close by
@@ -13,13 +14,16 @@ guest's own, in milliseconds.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from operator import attrgetter, itemgetter
 from typing import Protocol
 
-PORT = 7
+ECHO_PORT = 7
+RANDOM_PORT = 17
+PORTS = (ECHO_PORT, RANDOM_PORT)
 RING = 32768
 """Bytes of a connection's ring: its largest receive window."""
 SLOT = RING + 4096
@@ -35,7 +39,10 @@ _IDLE = 60_000
 """Milliseconds of silence after which a connection may lose its slot to a new one."""
 _MOD = 1 << 32
 _HEADER = struct.Struct(">HHIIBBHHH")
-_NUMBERS = struct.Struct(">B6s4sHH11IBQQ")
+_NUMBERS = struct.Struct(">B6s4sHHH11IBQQ")
+
+_Key = tuple[bytes, int, int]
+"""The peer's address and port, and our port."""
 
 
 class Memory(Protocol):
@@ -65,6 +72,7 @@ class _Connection:
     peerMac: bytes
     peer: bytes
     peerPort: int
+    port: int
     mss: int
     una: int
     nxt: int
@@ -103,11 +111,11 @@ class TcpEcho:
         self._mss = mss
         self._send = send
         self._free: set[int] = set()
-        self._open: dict[tuple[bytes, int], tuple[int, _Connection]] = {}
+        self._open: dict[_Key, tuple[int, _Connection]] = {}
         for slot in range(slots):
             connection = _Connection(*_NUMBERS.unpack(memory.read(base + slot * SLOT, _NUMBERS.size)))
             if connection.state:
-                self._open[connection.peer, connection.peerPort] = slot, connection
+                self._open[connection.peer, connection.peerPort, connection.port] = slot, connection
             else:
                 self._free.add(slot)
 
@@ -120,16 +128,16 @@ class TcpEcho:
         if not _HEADER.size <= start <= len(segment):
             return
         data = segment[start:]
-        key = (peer, source)
-        if port == PORT and key in self._open:
+        key = (peer, source, port)
+        if key in self._open:
             slot, connection = self._open[key]
             connection.peerMac, connection.heard = mac, now
             if self._arrived(connection, seq, ack, flags, window, data, now):
                 self._store(slot, connection)
             else:
                 self._forget(key)
-        elif port == PORT and flags & (SYN | ACK | RST | FIN) == SYN:
-            self._accept(mac, peer, source, seq, window, segment[_HEADER.size : start], now)
+        elif port in PORTS and flags & (SYN | ACK | RST | FIN) == SYN:
+            self._accept(mac, key, seq, window, segment[_HEADER.size : start], now)
         elif not flags & RST:
             self._refuse(mac, peer, source, port, seq, ack, flags, len(data))
 
@@ -149,23 +157,23 @@ class TcpEcho:
 
     # Opening and closing
 
-    def _accept(
-        self, mac: bytes, peer: bytes, port: int, seq: int, window: int, options: bytes, now: int
-    ) -> None:
+    def _accept(self, mac: bytes, key: _Key, seq: int, window: int, options: bytes, now: int) -> None:
         if not self._free:
             # Clients that vanished must not lock others out for ever; with all slots busy the SYN is sent again.
-            key, (_, idlest) = min(self._open.items(), key=lambda item: (item[1][1].heard, item[1][0]))
+            idle, (_, idlest) = min(self._open.items(), key=lambda item: (item[1][1].heard, item[1][0]))
             if now - idlest.heard < _IDLE:
                 return
-            self._forget(key)
-        first = (now * 250 + port * 65537 + int.from_bytes(peer, "big")) % _MOD
+            self._forget(idle)
+        peer, source, port = key
+        first = (now * 250 + source * 65537 + int.from_bytes(peer, "big")) % _MOD
         mss = min(self._mss, max(64, _mssOption(options)))
         received = (seq + 1) % _MOD
         connection = _Connection(
             state=SYN_RECEIVED,
             peerMac=mac,
             peer=peer,
-            peerPort=port,
+            peerPort=source,
+            port=port,
             mss=mss,
             una=first,
             nxt=(first + 1) % _MOD,
@@ -184,7 +192,7 @@ class TcpEcho:
         )
         slot = min(self._free)
         self._free.remove(slot)
-        self._open[peer, port] = slot, connection
+        self._open[key] = slot, connection
         self._store(slot, connection)
         self._sendSyn(connection)
 
@@ -199,7 +207,7 @@ class TcpEcho:
             header = _HEADER.pack(port, source, 0, follows, 5 << 4, RST | ACK, 0, 0, 0)
         self._send(mac, peer, header)
 
-    def _forget(self, key: tuple[bytes, int]) -> None:
+    def _forget(self, key: _Key) -> None:
         slot, _ = self._open.pop(key)
         self._free.add(slot)
         self._memory.write(self._base + slot * SLOT, bytes(_NUMBERS.size))
@@ -229,7 +237,7 @@ class TcpEcho:
         ahead = distance(c.una, ack)
         if ahead > distance(c.una, c.highest) or (c.state == SYN_RECEIVED and ahead != 1):
             if c.state == SYN_RECEIVED:
-                self._refuse(c.peerMac, c.peer, c.peerPort, PORT, seq, ack, flags, len(data))
+                self._refuse(c.peerMac, c.peer, c.peerPort, c.port, seq, ack, flags, len(data))
             else:
                 self._sendAck(c)
             return True
@@ -273,6 +281,9 @@ class TcpEcho:
             return True
         fresh = data[known:]
         taken = fresh[: max(0, distance(c.received, c.edge))]
+        whole = len(taken) == len(fresh)
+        if c.port == RANDOM_PORT:
+            taken = os.urandom(len(taken))
         ring = self._ringOf(c)
         place = (c.head + c.length) % RING
         first = taken[: RING - place]
@@ -282,7 +293,7 @@ class TcpEcho:
             self._memory.write(ring, taken[len(first) :])
         c.length += len(taken)
         c.received = (c.received + len(taken)) % _MOD
-        if fin and len(taken) == len(fresh):
+        if fin and whole:
             c.received = (c.received + 1) % _MOD
             c.state = LAST_ACK
         return True
@@ -317,7 +328,7 @@ class TcpEcho:
     def _timedOut(self, c: _Connection, now: int) -> bool:
         c.retries += 1
         if c.retries > _RETRIES:
-            header = _HEADER.pack(PORT, c.peerPort, c.nxt, 0, 5 << 4, RST, 0, 0, 0)
+            header = _HEADER.pack(c.port, c.peerPort, c.nxt, 0, 5 << 4, RST, 0, 0, 0)
             self._send(c.peerMac, c.peer, header)
             return False
         c.deadline = now + min(_RTO << c.retries, _RTO_MAX)
@@ -349,7 +360,7 @@ class TcpEcho:
         return short
 
     def _ringOf(self, c: _Connection) -> int:
-        slot, _ = self._open[c.peer, c.peerPort]
+        slot, _ = self._open[c.peer, c.peerPort, c.port]
         return self._base + slot * SLOT + SLOT - RING
 
     def _sendData(self, c: _Connection, offset: int, count: int) -> None:
@@ -375,7 +386,7 @@ class TcpEcho:
     def _emit(self, c: _Connection, flags: int, data: bytes, options: bytes = b"") -> None:
         window = max(0, distance(c.received, c.edge))
         offset = 5 + len(options) // 4 << 4
-        header = _HEADER.pack(PORT, c.peerPort, c.nxt, c.received, offset, flags, window, 0, 0)
+        header = _HEADER.pack(c.port, c.peerPort, c.nxt, c.received, offset, flags, window, 0, 0)
         c.nxt = (c.nxt + len(data) + bool(flags & (SYN | FIN))) % _MOD
         if distance(c.highest, c.nxt) > 0:
             c.highest = c.nxt

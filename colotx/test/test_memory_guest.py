@@ -22,7 +22,8 @@ from zope.interface.verify import verifyObject
 from colotx.errors import ConfigError, GuestError
 from colotx.gate import OutputGate
 from colotx.guests._tinytcp import RING
-from colotx.guests.memory import MACHINE, MemoryGuestFactory, MemorySettings
+from colotx.guests.memory import MemoryGuestFactory, MemorySettings
+from colotx.guests.memory_primary import MACHINE
 from colotx.interfaces import (
     IFramePort,
     IGuestFactory,

@@ -166,6 +166,16 @@ class NicTests(SynchronousTestCase):
         self.assertEqual(self.exchange(self.toGuest(UDP(sport=999, dport=8), Raw(b"x"))), [])
         self.assertEqual(self.exchange(self.toGuest(UDP(sport=7, dport=7), Raw(b"x"))), [])
 
+    def test_udpRandom(self):
+        """16 bytes on port 17, other ones each time; echo and random never answer each other."""
+        answers = [self.exchange(self.toGuest(UDP(sport=999, dport=17), b"x"))[0] for _ in range(2)]
+        for answer in answers:
+            self.assertEqual((answer[UDP].sport, answer[UDP].len), (17, 24))
+            self.assertEqual(self.rebuilt(answer), bytes(answer))
+        first, second = (bytes(answer[UDP].payload) for answer in answers)
+        self.assertNotEqual(first, second)
+        self.assertEqual(self.exchange(self.toGuest(UDP(sport=7, dport=17), b"x")), [])
+
     def test_ignored(self):
         """What is broken, fragmented or not for it stays without answer."""
         good = bytes(self.toGuest(UDP(sport=999, dport=7), Raw(b"hello")))
@@ -253,6 +263,18 @@ class TcpTests(SynchronousTestCase):
         self.ack = (synAck.seq + 1) % 2**32
         fields.pop("mss", None)
         self.assertEqual(self.segment("A", **fields), [])
+
+    def test_random(self):
+        """On port 17 as many bytes come back, other ones; a connection to port 7 from the same port is another."""
+        self.connect()
+        self.assertEqual(self.say(b"hello"), b"hello")
+        self.connect(dport=17)
+        (answer,) = self.segment("PA", b"a long enough line", dport=17)
+        self.assertEqual((answer.sport, len(answer.data)), (17, 18))
+        self.assertNotEqual(answer.data, b"a long enough line")
+        # Sent again it is the same: it lies in RAM.
+        (again,) = self.ticks(210)[-1:]
+        self.assertEqual(again.data, answer.data)
 
     def say(self, data, **fields):
         """Send data in order. @return: what was echoed in answer."""
