@@ -14,6 +14,7 @@ from zope.interface.verify import verifyObject
 
 from colotx.errors import FailoverError, GuestError, UnexpectedMessage
 from colotx.guests.memory import MemoryGuestFactory, MemorySettings
+from colotx.guests.memory_primary import MemoryPrimaryGuest
 from colotx.interfaces import IActiveSecondary, IFramePort, IPrimaryGuest, RunState
 from colotx.test.test_memory_guest import Protection
 
@@ -213,9 +214,9 @@ class ActiveTests(SynchronousTestCase):
         self.assertEqual(promoted.machine.deviceState(), blob)
 
     def test_synchronisedAnew(self):
-        """While a new primary's initial stream arrives the machine stays promotable; the commit replaces it."""
+        """Another guest's initial transfer replaces the machine, of whatever size it is."""
         self.protect()
-        other = self.factory.createPrimary()
+        other = MemoryPrimaryGuest.fresh(self.clock, MemorySettings(ramBytes=5 << 20))
         self.successResultOf(other.launch())
         self.ticks(7)
         protection = ActiveProtection(other, self.standby)
@@ -270,14 +271,19 @@ class ActiveTests(SynchronousTestCase):
 
     def test_closed(self):
         """Nothing is left running, also when it is closed in the middle of a load."""
-        protection = self.protect()
-        data, blob = self.run_(protection.capture())
-        self.run_(protection.stage(data))
-        self.successResultOf(self.standby.commit(blob))
-        settling = self.standby.settle()
-        self.successResultOf(self.standby.close())
-        self.successResultOf(self.guest.shutdown())
-        self.clock.pump([0] * 20)
-        self.failureResultOf(settling, FailoverError)
-        self.assertEqual(self.clock.getDelayedCalls(), [])
-        self.failureResultOf(self.standby.promote(), FailoverError)
+        for turns in range(4):
+            self.setUp()
+            protection = self.protect()
+            self.guest.machine.memory.dirty[:] = True
+            data, blob = self.run_(protection.capture())
+            self.run_(protection.stage(data))
+            self.successResultOf(self.standby.commit(blob))
+            settling = self.standby.settle()
+            self.clock.pump([0] * turns)
+            self.assertNoResult(settling)
+            self.successResultOf(self.standby.close())
+            self.successResultOf(self.guest.shutdown())
+            self.clock.pump([0] * 20)
+            self.failureResultOf(settling, FailoverError)
+            self.assertEqual(self.clock.getDelayedCalls(), [])
+            self.failureResultOf(self.standby.promote(), FailoverError)
