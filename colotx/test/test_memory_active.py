@@ -271,7 +271,7 @@ class ActiveTests(SynchronousTestCase):
 
     def test_closed(self):
         """Nothing is left running, also when it is closed in the middle of a load."""
-        for turns in range(4):
+        for turns in range(3):
             self.setUp()
             protection = self.protect()
             self.guest.machine.memory.dirty[:] = True
