@@ -11,6 +11,7 @@ from typing import Any
 
 from zope.interface import implementer
 
+from colotx.guests.qemu_active import ActiveQemuSecondary
 from colotx.guests.qemu_arguments import QemuSettings
 from colotx.guests.qemu_primary import QemuPrimaryGuest
 from colotx.guests.qemu_standby import QemuStandby
@@ -34,9 +35,11 @@ class QemuGuestFactory:
         """As L{IGuestFactory.createPrimary}."""
         return QemuPrimaryGuest(self._reactor, self._settings)
 
-    def createStandby(self, kind: str = "passive") -> QemuStandby:
+    def createStandby(self, kind: str = "passive") -> QemuStandby | ActiveQemuSecondary:
         """As L{IGuestFactory.createStandby}."""
+        if kind == "active":
+            return ActiveQemuSecondary(self._reactor, self._settings)
         return QemuStandby(self._reactor, self._settings, self._newCache)
 
 
-__all__ = ["QemuGuestFactory", "QemuPrimaryGuest", "QemuSettings", "QemuStandby"]
+__all__ = ["ActiveQemuSecondary", "QemuGuestFactory", "QemuPrimaryGuest", "QemuSettings", "QemuStandby"]

@@ -105,7 +105,7 @@ class ColoExchange:
         self._require(Phase.INITIAL)
         self._factory.connected.addTimeout(self._timeout, self._reactor, _notConnected)
         await self._factory.connected
-        with _asGuestErrors():
+        with asGuestErrors():
             await self._connection.receiveStream(
                 WholeStream(InitialReader(self._ram)), _passTo(sink), self._timeout
             )
@@ -122,11 +122,11 @@ class ColoExchange:
         if self._request is None:
             await self._requested(nudge)
         if isinstance(self._request, Failure):
-            with _asGuestErrors():
+            with asGuestErrors():
                 self._request.raiseException()
         self._request = None
         self.phase = Phase.STOPPING
-        with _asGuestErrors():
+        with asGuestErrors():
             self._connection.sendMessage(ColoMessage.CHECKPOINT_REPLY)
             await self._connection.receiveMessage(ColoMessage.VMSTATE_SEND, self._timeout)
         self.phase = Phase.STOPPED
@@ -134,14 +134,14 @@ class ColoExchange:
     async def live(self, sink: Sink) -> None:
         """Pass the RAM part of a checkpoint on."""
         self._require(Phase.STOPPED)
-        with _asGuestErrors():
+        with asGuestErrors():
             await self._connection.receiveStream(CheckpointReader(self._ram), _passTo(sink), self._timeout)
         self.phase = Phase.DEVICES
 
     async def device(self) -> bytes:
         """@return: the device-state blob."""
         self._require(Phase.DEVICES)
-        with _asGuestErrors():
+        with asGuestErrors():
             size = await self._connection.receiveSize(self._timeout)
             blob = await self._connection.receiveBlob(size, self._timeout)
         self.phase = Phase.HELD
@@ -158,7 +158,7 @@ class ColoExchange:
 
         @raise GuestError: QEMU closed the socket.
         """
-        with _asGuestErrors():
+        with asGuestErrors():
             if self.phase is Phase.LOADED:
                 self._connection.sendMessage(ColoMessage.CHECKPOINT_READY)
             else:
@@ -215,7 +215,7 @@ class ColoExchange:
 
 
 @contextmanager
-def _asGuestErrors() -> Iterator[None]:
+def asGuestErrors() -> Iterator[None]:
     """The peer of this exchange is the local QEMU: what is wrong with it is the guest's error."""
     try:
         yield
@@ -247,4 +247,4 @@ def _notRequested(_: object, timeout: float) -> None:
     )
 
 
-__all__ = ["ColoExchange", "Phase"]
+__all__ = ["ColoExchange", "Phase", "asGuestErrors"]

@@ -18,6 +18,7 @@ from zope.interface import implementer
 from colotx._qmp_codec import JsonObject
 from colotx.errors import ColoError, GuestError, GuestLost, GuestTimeout
 from colotx.guests.qemu_arguments import MappedRam, QemuSettings, SocketPaths
+from colotx.guests.qemu_capabilities import enableColo
 from colotx.guests.qemu_colo import ColoExchange, Phase
 from colotx.guests.qemu_process import QemuProcess
 from colotx.guests.qemu_release import release
@@ -36,11 +37,6 @@ _BANDWIDTH = 2**40
 
 _FIRST_DOWNTIME, _LONGEST_DOWNTIME = 300, 2_000_000
 """downtime-limit of the initial transfer, ms: at first, as is QEMU's default, and at most, as QEMU takes."""
-
-_NOT_WITH_COLO = frozenset(
-    {"compress", "multifd", "postcopy-ram", "release-ram", "return-path", "x-ignore-shared"}
-)
-"""Migration capabilities that change the stream's grammar, or with which QEMU leaves COLO."""
 
 
 @implementer(IPrimaryGuest)
@@ -65,7 +61,8 @@ class QemuPrimaryGuest:
         self._exchange: ColoExchange | None = None
         self._resumed: Deferred[None] | None = None
         self._prepared: Deferred[MappedRam | None] | None = None
-        self.port = StreamPort(reactor, self._paths.nic)
+        self._inherited = False
+        self.port: Any = StreamPort(reactor, self._paths.nic)
         self.runState = RunState.PRELAUNCH
         self.ramBytes = 0
         self.onLost: Callable[[GuestError], None] | None = None
@@ -83,6 +80,18 @@ class QemuPrimaryGuest:
         """C{launch} is to go on from this checkpoint. Its RAM cache is ours, and is closed when the guest runs."""
         self.runState = RunState.INMIGRATE
         self._image = image
+
+    def inherit(self, process: QemuProcess, port: Any, ramBytes: int) -> None:
+        """
+        C{launch} is to make the guest of this QEMU go on, a COLO secondary whose exchange was shut down.
+
+        @param port: its NIC's L{IFramePort}, open.
+        @param ramBytes: its guest's RAM.
+        """
+        self.runState = RunState.INMIGRATE
+        self._inherited = True
+        self._process, self._paths, self.port, self.ramBytes = process, process.paths, port, ramBytes
+        process.watch(self._lost, self._event)
 
     def launch(self) -> Deferred[None]:
         """@raise ConfigError: there is no such QEMU, or the runtime directory cannot be used."""
@@ -128,21 +137,35 @@ class QemuPrimaryGuest:
 
     async def _launch(self) -> None:
         try:
-            if self._image is None:
-                process = self._newProcess()
-                await process.start()
-                await self.port.open()
+            if self._inherited:
+                await self._untilResume(self._leaveColo(), self._settings.stopTimeout, "go on by itself")
             else:
-                process = await self._revive(self._image)
-            summary = await process.execute("query-memory-size-summary")
-            self.ramBytes = summary["base-memory"]
-            # An operator's -S among the arguments does not hold up a guest that is to run.
-            if not (await process.execute("query-status"))["running"]:
-                await process.execute("cont")
+                await self._begin()
         except BaseException:
             await self._discard()
             raise
         self.runState = RunState.RUNNING
+
+    async def _begin(self) -> None:
+        """From power-on or from an image."""
+        if self._image is None:
+            process = self._newProcess()
+            await process.start()
+            await self.port.open()
+        else:
+            process = await self._revive(self._image)
+        summary = await process.execute("query-memory-size-summary")
+        self.ramBytes = summary["base-memory"]
+        # An operator's -S among the arguments does not hold up a guest that is to run.
+        if not (await process.execute("query-status"))["running"]:
+            await process.execute("cont")
+
+    async def _leaveColo(self) -> None:
+        process = self._running()
+        await process.execute("x-colo-lost-heartbeat")
+        if (await process.execute("query-status"))["running"]:
+            # Between two checkpoints it never stood still, and does not say that it goes on.
+            self._event("RESUME", {})
 
     async def _revive(self, image: CheckpointImage) -> QemuProcess:
         """Make a guest of the image, by mapping it or else by a copy."""
@@ -213,13 +236,7 @@ class QemuPrimaryGuest:
         )
         exchange.listen()
         self._exchange = exchange
-        known = await process.execute("query-migrate-capabilities")
-        wanted = [
-            {"capability": entry["capability"], "state": entry["capability"] == "x-colo"}
-            for entry in known
-            if entry["capability"] == "x-colo" or entry["capability"] in _NOT_WITH_COLO
-        ]
-        await process.execute("migrate-set-capabilities", {"capabilities": wanted})
+        await enableColo(process)
         parameters: JsonObject = {
             "x-checkpoint-delay": _NEVER,
             "max-bandwidth": _BANDWIDTH,

@@ -89,6 +89,7 @@ class QemuProcess:
 
     @ivar onLost: called once with a L{GuestLost} when QEMU ended without L{end}, or says it is about to.
     @ivar onEvent: called with each QMP event's name and data.
+    @ivar paths: its sockets.
     @ivar qmp: the QMP connection, once started.
     """
 
@@ -104,13 +105,17 @@ class QemuProcess:
     ) -> None:
         self._reactor = reactor
         self._settings = settings
-        self._paths = paths
+        self.paths = paths
         self._onLost: Callable[[GuestLost], None] | None = onLost
         self._onEvent = onEvent
         self._output = _Output(self._ended)
         self._starting: Deferred[QmpClient] | None = None
         self._qmp: QmpClient | None = None
         self.lost: GuestLost | None = None
+
+    def watch(self, onLost: Callable[[GuestLost], None], onEvent: EventReceiver) -> None:
+        """Somebody else is told from now on."""
+        self._onLost, self._onEvent = onLost, onEvent
 
     @property
     def qmp(self) -> QmpClient:
@@ -143,14 +148,14 @@ class QemuProcess:
         if shutil.which(self._settings.binary) is None:
             raise ConfigError(f"there is no QEMU {self._settings.binary!r}: install it or set its path")
         try:
-            os.makedirs(self._paths.directory, mode=0o700, exist_ok=True)
+            os.makedirs(self.paths.directory, mode=0o700, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"the runtime directory cannot be used: {error}") from error
-        command = commandLine(self._settings, self._paths, restoring, ram)
+        command = commandLine(self._settings, self.paths, restoring, ram)
         self._log.debug("starting {command}", command=command)
         environment = {**os.environ, **self._settings.environment}
         self._reactor.spawnProcess(self._output, command[0], command, env=environment)
-        self._starting = connectQmp(self._reactor, self._paths.qmp, self._settings.startTimeout)
+        self._starting = connectQmp(self._reactor, self.paths.qmp, self._settings.startTimeout)
         try:
             self._qmp = await self._starting
         except CancelledError:
@@ -183,7 +188,7 @@ class QemuProcess:
         await self.whenEnded(_QUIT_TIMEOUT)
         if self._qmp is not None:
             self._qmp.close()
-        shutil.rmtree(self._paths.directory, ignore_errors=True)
+        shutil.rmtree(self.paths.directory, ignore_errors=True)
 
     def kill(self) -> None:
         """End QEMU at once."""
