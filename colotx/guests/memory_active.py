@@ -144,6 +144,8 @@ class ActiveMemorySecondary(PassiveSecondary):
             # What is in the machine's memory now belongs to no moment of any guest.
             self._broken = f"the last checkpoint could not be loaded: {error}"
             raise
+        # What both were given before the checkpoint is in it.
+        self._nic.clear()
         guest.onLost = self._crashed
         self.guest, self._loaded, self._behind, self._broken = guest, cache, False, ""
         return guest

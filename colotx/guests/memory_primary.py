@@ -87,6 +87,10 @@ class MemoryPort(BasePort):
         """The next frames for the guest."""
         return [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
 
+    def clear(self) -> None:
+        """Forget the frames for the guest."""
+        self._waiting.clear()
+
     @property
     def waiting(self) -> bool:
         """Whether there are any."""

@@ -140,14 +140,27 @@ class ActiveTests(SynchronousTestCase):
         self.assertNotEqual(first, second)
 
     def test_stopsForACheckpoint(self):
-        """From REQUEST until the load is done it stands still; its input waits."""
+        """From REQUEST until the load is done it stands still. Input of before is covered by the checkpoint."""
         protection = self.protect()
         self.successResultOf(self.standby.prepare())
         ticks = self.standby.guest.machine.ticks
-        self.standby.port.send([bytes(self.packet(UDP(sport=9, dport=7) / b"later"))])
+        self.standby.port.send([bytes(self.packet(UDP(sport=9, dport=7) / b"late"))])
         self.ticks(5)
         self.assertEqual((self.standby.guest.machine.ticks, self.standbySaid), (ticks, []))
         self.checkpoint(protection)
+        self.ticks(5)
+        self.assertEqual(self.standbySaid, [])
+        self.assertGreater(self.standby.guest.machine.ticks, ticks)
+
+    def test_abandonedInputIsKept(self):
+        """What waits for a machine that was stopped and goes on alone is still answered."""
+        self.protect()
+        self.successResultOf(self.standby.prepare())
+        self.standby.port.send([bytes(self.packet(UDP(sport=9, dport=7) / b"late"))])
+        self.standby.abandon()
+        promoted = self.successResultOf(self.standby.promote())
+        self.addCleanup(promoted.shutdown)
+        self.successResultOf(promoted.launch())
         self.clock.pump([0] * 3)
         self.assertEqual(len(self.standbySaid), 1)
 
@@ -271,9 +284,10 @@ class ActiveTests(SynchronousTestCase):
 
     def test_closed(self):
         """Nothing is left running, also when it is closed in the middle of a load."""
-        for turns in range(3):
+        for turns in range(2):
             self.setUp()
             protection = self.protect()
+            self.guest.machine.memory.pages[:, 99] = 1
             self.guest.machine.memory.dirty[:] = True
             data, blob = self.run_(protection.capture())
             self.run_(protection.stage(data))
