@@ -23,6 +23,8 @@ _END, _NOTHING, _SACK, _TIMESTAMP = 0, 1, 5, 8
 _LINUX_TIMESTAMP = b"\x01\x01\x08\x0a"
 _WHOLE = (b"\x40\x00", b"\x00\x00")
 _VLAN_ID = 0x0FFF
+_TAGS = (b"\x81\x00", b"\x88\xa8", b"\x91\x00")
+_DONT_FRAGMENT = 0x4000
 _ERRORS = frozenset((3, 4, 11, 12))
 """ICMP types that quote the datagram they are about."""
 
@@ -197,3 +199,41 @@ def rewrite(frame: bytes, start: int, checksum: int, changes: Iterable[tuple[int
     # 0xFFFF, not 0: no sum over a pseudo header is zero.
     _u16.pack_into(result, checksum, 0xFFFF - (total % 0xFFFF or 0xFFFF))
     return bytes(result)
+
+
+def acknowledgement(header: bytes, segment: Segment, sequence: int) -> bytes | None:
+    """
+    Make a segment that says nothing but what a header acknowledges.
+
+    @param header: a frame up to C{segment.data}.
+    @param sequence: the sequence number it gets.
+    @return: a frame, or None when it has IPv6 extension headers.
+    """
+    start = segment.start
+    network = 14
+    while header[network - 2 : network] in _TAGS:
+        network += 4
+    frame = bytearray(header)
+    size = len(frame) - start
+    frame[start + 13] = ACK
+    _u32.pack_into(frame, start + 4, sequence)
+    if frame[network] >> 4 == 4:
+        _u16.pack_into(frame, network + 2, len(frame) - network)
+        _u16.pack_into(frame, network + 6, _DONT_FRAGMENT)
+        _u16.pack_into(frame, network + 10, 0)
+        _u16.pack_into(frame, network + 10, _checksum(frame[network:start]))
+        addresses = frame[network + 12 : network + 20]
+    elif frame[network + 6] == TCP:
+        _u16.pack_into(frame, network + 4, size)
+        addresses = frame[network + 8 : network + 40]
+    else:
+        return None
+    _u16.pack_into(frame, start + 16, 0)
+    pseudo = addresses + _u16.pack(TCP) + _u16.pack(size)
+    _u16.pack_into(frame, start + 16, _checksum(pseudo + frame[start:]))
+    return bytes(frame)
+
+
+def _checksum(data: bytes | bytearray) -> int:
+    # An even number of bytes (RFC 1071): modulo 65535 a number is the sum of its 16-bit digits.
+    return -int.from_bytes(data, "big") % 0xFFFF
