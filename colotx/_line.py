@@ -83,10 +83,12 @@ class Line:
 
     @ivar name: for logs.
     @ivar waiting: bytes that were written and not taken by a connection yet.
+    @ivar paused: whether nothing is read.
     """
 
     log = Logger()
     waiting = 0
+    paused = False
 
     def __init__(
         self,
@@ -111,7 +113,6 @@ class Line:
         self._relieved = relieved
         self._connection: _Connection | None = None
         self._queue: deque[bytes] = deque()
-        self._paused = False
         self._stopped = True
         self._garbage = False
         self._listening: Any = None
@@ -170,14 +171,14 @@ class Line:
 
     def pause(self) -> None:
         """Read nothing until L{resume}, whoever is connected."""
-        self._paused = True
+        self.paused = True
         if self._connection is not None:
             self._connection.transport.pauseProducing()
 
     def resume(self) -> None:
         """Read again. Harmless when nothing was paused."""
-        if self._paused:
-            self._paused = False
+        if self.paused:
+            self.paused = False
             if self._connection is not None:
                 self._connection.transport.resumeProducing()
 
@@ -217,7 +218,7 @@ class Line:
         else:
             self.log.info("{line}: connected", line=self)
         receiver = self._opened()
-        if self._paused:
+        if self.paused:
             connection.transport.pauseProducing()
         self._flush()
         return receiver

@@ -106,7 +106,7 @@ def compareKeys() -> frozenset[str]:
 def checkLimit(value: Any) -> int:
     """@return: the value of one of L{LIMITS}. @raise ConfigError: it cannot be one."""
     # A fraction or a yes of a TOML file would pass int() with another value than the operator meant.
-    if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value).strip()):
+    if isinstance(value, bool) or not re.fullmatch(r"-?\d+", str(value).strip()):
         raise ConfigError(f"{value!r} is no whole number")
     if not 0 < int(value) < 1 << 32:
         raise ConfigError(f"must be 1 to {(1 << 32) - 1}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import fields
 from typing import Any
 
 from twisted.python import usage
 
+from colotx.comparesettings import ROLE as COMPARE
+from colotx.comparesettings import CompareSettings, buildCompareSettings, compareKeys
 from colotx.errors import ConfigError
-from colotx.settings import Settings, buildSettings, keyOf
+from colotx.settings import ROLES, Settings, buildSettings, keyOf
 
 _D = Settings()
+_C = CompareSettings()
 
 
 def _row(field: str, help: str) -> list[Any]:
-    default = getattr(_D, field)
+    default = getattr(_D if hasattr(_D, field) else _C, field)
     if isinstance(default, bool):
         default = "yes" if default else "no"
     shown = "" if default in ("", None, ()) else f" [default: {default}]"
@@ -23,24 +27,25 @@ def _row(field: str, help: str) -> list[Any]:
 
 class Options(usage.Options):
     """
-    Options of both roles. What is not given here is taken from C{--config}, then from the defaults.
+    Options of all roles. What is not given here is taken from C{--config}, then from the defaults.
 
     @ivar settings: the checked values, once parsing is done.
     """
 
-    synopsis = "[--role=primary|secondary] [--config FILE.toml] [options]"
+    synopsis = "[--role=primary|secondary|compare] [--config FILE.toml] [options]"
     longdesc = """Keeps a virtual machine's service running through the death of its host. One daemon runs on each of
 two hosts: the primary runs the guest and sends checkpoints of it to the secondary, which makes the guest go on when
 the primary host dies. Start the secondary with --role=secondary, the primary with --role=primary --peer=SECONDARY.
 Without further options both run on this machine and protect a small embedded guest. Every option can stand in the
 TOML file under the same name, such as checkpoint-delay = 200; an option given here overrides it.
-Ask a running daemon with `colo status`."""
+Ask a running daemon with `colo status`. --role=compare is something apart: QEMU's colo-compare object as a process of
+its own."""
 
-    settings: Settings
+    settings: Settings | CompareSettings
 
     optParameters = [
         ["config", "c", None, "TOML file with these options as keys"],
-        _row("role", "primary: run the guest; secondary: stand by for it"),
+        _row("role", "primary: run the guest; secondary: stand by for it; compare: only compare output"),
         _row("vm", "name of the protected VM, the same on both hosts"),
         _row("peer", "HOST[:PORT] where the other daemon listens; a primary dials it"),
         _row("listen", "ADDRESS[:PORT] where a secondary waits for the primary"),
@@ -80,6 +85,14 @@ Ask a running daemon with `colo status`."""
         _row("spoolMemory", "memory for checkpoints on their way to the peer, bytes; more goes to spill-dir"),
         _row("stagingMemory", "memory for a checkpoint being received, bytes; more goes to spill-dir"),
         _row("spillDir", "directory for what does not fit into memory"),
+        _row("primaryIn", "compare: unix:PATH or tcp:HOST:PORT, and ',server' to listen: primary's frames"),
+        _row("secondaryIn", "compare: the same for the secondary's frames"),
+        _row("outdev", "compare: the same for what may leave"),
+        _row("notifyDev", "compare: the same for asking for checkpoints, and being told of them"),
+        _row("vnetHdrSupport", "compare: yes: frames have a virtio-net header, and its length before"),
+        _row("compareTimeout", "compare: time after which an unmatched frame asks for a checkpoint, ms"),
+        _row("expiredScanCycle", "compare: time between two searches for such frames, ms"),
+        _row("maxQueueSize", "compare: frames of a connection after which a checkpoint is asked for"),
     ]
 
     def parseArgs(self, *arguments: str) -> None:
@@ -94,7 +107,7 @@ Ask a running daemon with `colo status`."""
             values.update(
                 {key: value for key, value in self.items() if key != "config" and value is not None}
             )
-            self.settings = buildSettings(values)
+            self.settings = _build(values)
         except ConfigError as error:
             raise usage.UsageError(str(error)) from None
 
@@ -106,3 +119,15 @@ Ask a running daemon with `colo status`."""
             raise ConfigError(f"config: {path} cannot be read: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"config: {path} is no TOML: {error}") from None
+
+
+def _build(values: dict[str, Any]) -> Settings | CompareSettings:
+    role = values.get("role", "")
+    if role == COMPARE:
+        return buildCompareSettings(values)
+    known = {keyOf(field.name) for field in fields(Settings)}
+    if foreign := sorted(compareKeys() & values.keys() - known):
+        raise ConfigError(f"{foreign[0]}: only a daemon with --role={COMPARE} has it")
+    if role not in ROLES and values.keys() <= known:
+        raise ConfigError(f"role: {role!r} is none of {', '.join([*ROLES, COMPARE])}")
+    return buildSettings(values)

@@ -7,6 +7,7 @@ from typing import Any
 
 from twisted.application.service import IService
 
+from colotx.comparesettings import CompareSettings
 from colotx.errors import ColoError
 from colotx.options import Options
 from colotx.service import ColoService
@@ -31,8 +32,13 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         else:
             reactor.callWhenRunning(reactor.stop)
 
+    settings = options.settings
+    if isinstance(settings, CompareSettings):
+        from colotx.comparedaemon import CompareDaemon
+
+        return CompareDaemon(settings, reactor, quit)
     try:
-        return ColoService(options.settings, reactor, quit)
+        return ColoService(settings, reactor, quit)
     except ColoError as error:
         # twistd shows a UsageError in one line only while it parses options; from here it would be a traceback.
         raise SystemExit(f"twistd colo: {error}") from None

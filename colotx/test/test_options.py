@@ -8,6 +8,7 @@ from dataclasses import fields
 from twisted.python import usage
 from twisted.trial.unittest import SynchronousTestCase
 
+from colotx.comparesettings import compareKeys
 from colotx.options import Options
 from colotx.settings import HostPort, Settings, keyOf
 
@@ -32,7 +33,7 @@ class OptionsTests(SynchronousTestCase):
 
     def test_everySettingIsAnOption(self) -> None:
         names = {row[0] for row in Options.optParameters} - {"config"}
-        self.assertEqual(names, {keyOf(field.name) for field in fields(Settings)})
+        self.assertEqual(names, {keyOf(field.name) for field in fields(Settings)} | compareKeys())
 
     def test_roleAloneIsEnough(self) -> None:
         self.assertEqual(parse("--role=secondary"), Settings(role="secondary"))
