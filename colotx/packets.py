@@ -147,7 +147,7 @@ def _ipv4(frame: bytes, network: int) -> Layers | None:
     body, end = network + header, network + length
     fragmented = bool(_u16(frame, network + 6)[0] & 0x3FFF)
     protocol = frame[network + 9]
-    transport = -1 if fragmented else _transport(frame, protocol, body, end)
+    transport = -1 if fragmented else findTransport(frame, protocol, body, end)
     return Layers(4, network, protocol, transport, end, fragmented, body)
 
 
@@ -175,10 +175,11 @@ def _ipv6(frame: bytes, network: int) -> Layers | None:
         if body + header > end:
             break
         protocol, body = following, body + header
-    return Layers(6, network, protocol, _transport(frame, protocol, body, end), end, False, body)
+    return Layers(6, network, protocol, findTransport(frame, protocol, body, end), end, False, body)
 
 
-def _transport(frame: bytes, protocol: int, body: int, end: int) -> int:
+def findTransport(frame: bytes, protocol: int, body: int, end: int) -> int:
+    """@return: C{body} if a whole transport header of this protocol begins there, else -1; see L{Layers}."""
     shortest = _SHORTEST.get(protocol)
     if shortest is None or end - body < shortest:
         return -1
