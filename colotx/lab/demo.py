@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from colotx.errors import ColoError, ConfigError
-from colotx.lab.client import TrafficSettings
-from colotx.lab.namespaces import GUEST_ADDRESS, becomePrivileged
+from colotx.lab.namespaces import becomePrivileged
 from colotx.lab.pair import (
     FAILOVER_LIMIT,
     KILLS,
@@ -31,13 +30,25 @@ from colotx.lab.pair import (
     qemuGuest,
 )
 from colotx.lab.processes import LabError
-from colotx.lab.report import RoundResult, line, summary, table
+from colotx.lab.report import RoundResult, kindsTable, line, summary, table
 from colotx.lab.running import runToEnd
 
 _TRAFFIC_BEFORE = (2.0, 6.0)
 """Seconds between which the kill comes at random after the client's first byte."""
-_CHECKPOINTS_BEFORE = 5
+_CHECKPOINTS_BEFORE = {"passive": 5, "active": 2}
 _CHECKPOINTS_LIMIT = 60.0
+_DELAYS = {"passive": 50, "active": 5000}
+"""
+ms between checkpoints. With an active secondary output does not wait for them; they are so far apart that every kill
+finds connections younger than the last one, which only lock-stepping can save.
+"""
+_NEVER = 24 * 3600 * 1000
+"""ms: no checkpoint by the clock in any round."""
+_CONNECTIONS = 6
+_NEWCOMERS = 12
+_NEWCOMER_INTERVAL = 0.1
+_LATE_BEFORE = (0.6, 1.5)
+"""Seconds between which the kill comes at random after the first connection younger than the last checkpoint."""
 _AFTER = 3.0
 """Seconds the client goes on after the failover."""
 
@@ -46,20 +57,23 @@ class Demo:
     """
     All rounds of one run.
 
-    @param guest: what to protect.
+    @param settings: what to protect, and how.
     @param kill: what to break.
     @param logs: a directory for the rounds' logs.
+    @param firstLate: make the guest's first TCP connection ever after the last checkpoint; such a guest is from
+        C{qemuGuest(firstTcp=False)}.
     """
 
     def __init__(
-        self, reactor: Any, guest: GuestChoice, kill: str, checkpointDelay: int, seed: int, logs: Path
+        self, reactor: Any, settings: PairSettings, kill: str, seed: int, logs: Path, firstLate: bool = False
     ) -> None:
         self._reactor = reactor
-        self._settings = PairSettings(guest, checkpointDelay)
+        self._settings = settings
         self._kill = kill
         self._seed = seed
         self._random = random.Random(seed)
         self._logs = logs
+        self._firstLate = firstLate
         self._started = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -89,21 +103,26 @@ class Demo:
                 raise LabError(f"{error}; {await pair.describe()}") from error
 
     async def _breakAndCheck(self, pair: ProtectedPair, result: RoundResult, name: str) -> None:
+        active = self._settings.secondary == "active"
         begun = time.monotonic()
-        await pair.start()
+        await pair.start(guestFirst=active)
         self.say(f"{name}: protected after {time.monotonic() - begun:.1f} s")
-        await pair.client.start(
-            TrafficSettings(
-                host=GUEST_ADDRESS.partition("/")[0],
-                seed=self._seed + result.number,
-                verdictPort=self._settings.guest.verdictPort,
-            )
-        )
+        if self._firstLate:
+            await self._lookForCheckpoint(pair, result)
+        guest = self._settings.guest
+        await pair.client.start(guest.traffic(_CONNECTIONS, self._seed + result.number))
         self.say(f"{name}: the client's connections are open, every byte is checked")
-        await self._waitForCheckpoints(pair, result)
+        if not self._firstLate:
+            await self._waitForCheckpoints(pair, result)
+        if active:
+            # Connections that no checkpoint knows, up to the moment of the kill.
+            pair.client.open(_NEWCOMERS, _NEWCOMER_INTERVAL)
+            await pair.pause(self._random.uniform(*_LATE_BEFORE))
+            await self._lookForCheckpoint(pair, result)
         self.say(f"{name}: {result.checkpoints} checkpoints; breaking the primary's {self._kill} now")
-        # The answer to a query comes between two checkpoints: move away from there.
-        await pair.pause(self._random.uniform(0, 2 * self._settings.checkpointDelay / 1000))
+        if not active:
+            # The answer to a query comes between two checkpoints: move away from there.
+            await pair.pause(self._random.uniform(0, 2 * self._settings.checkpointDelay / 1000))
         killed = pair.kill(self._kill)
         pair.client.mark(killed)
         await pair.until("the secondary did not go live", FAILOVER_LIMIT, pair.failedOver)
@@ -114,30 +133,47 @@ class Demo:
         await pair.pause(_AFTER)
         report = await pair.client.finish(60)
         result.take(report)
+        if self._firstLate and result.late < result.connections:
+            result.problem = result.problem or "a checkpoint came between the first connection and the kill"
         self.say(f"{name}: the client saw a pause of {result.outage_ms} ms; {result.lost} bytes lost")
 
     async def _waitForCheckpoints(self, pair: ProtectedPair, result: RoundResult) -> None:
+        """Return just after one."""
+        wanted = _CHECKPOINTS_BEFORE[self._settings.secondary]
         until = time.monotonic() + self._random.uniform(*_TRAFFIC_BEFORE)
-        first: int | None = None
+        first = await self._lookForCheckpoint(pair, result)
 
         async def enough() -> bool:
-            nonlocal first
             if await pair.failedOver():
                 raise LabError(
                     "the secondary took over before anything was broken (is this machine very busy?)"
                 )
-            statistics = await pair.daemons["primary"].query("query-colotx-stats")
-            result.checkpoints = count = int(statistics["checkpoints"])
-            downtime = statistics["phases-ms"]["downtime"]
-            result.downtime_p50, result.downtime_p99 = downtime["p50"], downtime["p99"]
-            first = count if first is None else first
-            return time.monotonic() >= until and count >= first + _CHECKPOINTS_BEFORE
+            before = result.checkpoints
+            count = await self._lookForCheckpoint(pair, result)
+            return time.monotonic() >= until and count >= first + wanted and count != before
 
-        limit = _CHECKPOINTS_LIMIT + _CHECKPOINTS_BEFORE * self._settings.checkpointDelay / 1000
-        await pair.until(f"there were no {_CHECKPOINTS_BEFORE} checkpoints", limit, enough)
+        limit = _CHECKPOINTS_LIMIT + (wanted + 2) * self._settings.checkpointDelay / 1000
+        await pair.until(f"there were no {wanted} checkpoints", limit, enough)
+
+    async def _lookForCheckpoint(self, pair: ProtectedPair, result: RoundResult) -> int:
+        """@return: how many there have been. The result learns of it, and when a new one was seen."""
+        statistics = await pair.daemons["primary"].query("query-colotx-stats")
+        count = int(statistics["checkpoints"])
+        if count != result.checkpoints:
+            result.checkpoints = count
+            result.last_checkpoint = time.monotonic()
+        downtime = statistics["phases-ms"]["downtime"]
+        result.downtime_p50, result.downtime_p99 = downtime["p50"], downtime["p99"]
+        return count
 
 
-def _chooseGuest(wanted: str | None, kill: str, qemu: str) -> GuestChoice:
+def _chooseGuest(wanted: str | None, kill: str, qemu: str, firstLate: bool = False) -> GuestChoice:
+    if firstLate:
+        if wanted == "memory":
+            raise ConfigError(
+                "--first-connection-late needs --guest qemu: the embedded guest has no time stamps"
+            )
+        return qemuGuest(qemu, patternBytes=0, firstTcp=False)
     if wanted != "memory":
         try:
             return qemuGuest(qemu)
@@ -162,18 +198,35 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="a Linux guest in QEMU (default, if possible) or the embedded one",
     )
     parser.add_argument("--kill", choices=KILLS, default="host", help="what breaks (default: %(default)s)")
+    parser.add_argument(
+        "--secondary",
+        choices=("active", "passive"),
+        default="passive",
+        help="active: a second guest runs in lock-step; passive: a memory image waits (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--first-connection-late",
+        action="store_true",
+        help="the guest's first TCP connection ever, which fixes its time stamps, comes after the last checkpoint; "
+        "with --secondary active",
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON instead of the table")
     parser.add_argument(
         "--checkpoint-delay",
         type=int,
-        default=50,
         metavar="MS",
-        help="between checkpoints (default: %(default)s)",
+        help=f"between checkpoints (default: {_DELAYS['passive']}; with an active secondary {_DELAYS['active']})",
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep all logs and configurations there")
     parser.add_argument("--seed", type=int, metavar="S", help="repeat a run's random choices")
     parser.add_argument("--qemu", default="", metavar="PATH", help="the QEMU to use")
     options = parser.parse_args(argv)
+    if options.first_connection_late and options.secondary != "active":
+        parser.error(
+            "--first-connection-late needs --secondary active: a passive one knows no such connection"
+        )
+    if options.checkpoint_delay is None:
+        options.checkpoint_delay = _NEVER if options.first_connection_late else _DELAYS[options.secondary]
     if options.rounds < 1 or options.checkpoint_delay < 1:
         parser.error("--rounds and --checkpoint-delay must be at least 1")
     return options
@@ -181,10 +234,15 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 async def _main(reactor: Any, options: argparse.Namespace) -> int:
     seed = random.randrange(1 << 20) if options.seed is None else options.seed
-    guest = _chooseGuest(options.guest, options.kill, options.qemu)
+    late = options.first_connection_late
+    guest = _chooseGuest(options.guest, options.kill, options.qemu, late)
     logs = options.keep or Path(tempfile.mkdtemp(prefix="colo-demo-"))
-    demo = Demo(reactor, guest, options.kill, options.checkpoint_delay, seed, logs)
-    demo.say(f"guest {guest.keys['guest']}, checkpoints every {options.checkpoint_delay} ms, seed {seed}")
+    settings = PairSettings(guest, options.checkpoint_delay, secondary=options.secondary)
+    demo = Demo(reactor, settings, options.kill, seed, logs, late)
+    demo.say(
+        f"guest {guest.keys['guest']}, {options.secondary} secondary, "
+        f"checkpoints every {options.checkpoint_delay} ms, seed {seed}"
+    )
     keep = options.keep is not None
     try:
         results = await demo.run(options.rounds)
@@ -199,6 +257,7 @@ async def _main(reactor: Any, options: argparse.Namespace) -> int:
         result.logs = result.logs if keep else None
     found = summary(results)
     print(table(results))
+    print(kindsTable(found))
     print(line(found))
     if options.json:
         print(json.dumps(found), flush=True)

@@ -4,9 +4,11 @@ A small Linux guest for demos, tests and benchmarks: Debian's cloud kernel and a
 The set-up (C{scripts/setup}) unpacks the Debian packages below a cache directory; nothing is installed on the host.
 This module makes a bootable guest of them. It must not know QMP, the COLO exchange or a reactor.
 
-What the guest serves (C{guestinit.sh} beside this file is its init):
+What the guest serves, over IPv4 and IPv6 (C{guestinit.sh} beside this file is its init):
 
   - TCP 7: echo.
+  - TCP 9: takes everything; tells the MD5 of each L{SINK_BLOCK} bytes, and at the end of the rest, a line each.
+  - TCP 13: answers each line with the guest's clock (ns) in a line of L{CLOCK_LINE} bytes: two guests never agree.
   - TCP 19: the bytes of L{numbers} again and again, until the client closes.
   - TCP 1001: one line a connection, C{<round> ok} or C{<round> CORRUPT}: the verdict of the memory check, which
     writes a pattern that depends on the round, verifies it before the next, and never recovers from C{CORRUPT}.
@@ -31,13 +33,19 @@ from colotx.errors import ConfigError
 from colotx.guests import emulation
 
 ECHO_PORT = 7
+SINK_PORT = 9
+CLOCK_PORT = 13
 NUMBERS_PORT = 19
 VERDICT_PORT = 1001
+
+SINK_BLOCK = 16384
+CLOCK_LINE = 37
 
 READY = "colotx: ready"
 """How the line begins that the guest prints when it serves."""
 
 _INIT = Path(__file__).with_name("guestinit.sh")
+_SERVICES = Path(__file__).with_name("guestservices.sh")
 _MODULES = ("virtio_pci", "virtio_net", "virtio_blk")
 
 
@@ -105,6 +113,7 @@ def kernelArguments(
     address6: str | None = None,
     patternBytes: int = 0,
     pauseMilliseconds: int = 100,
+    firstTcp: bool = True,
 ) -> str:
     """
     The guest's kernel command line.
@@ -114,6 +123,8 @@ def kernelArguments(
     @param patternBytes: size of the memory check's pattern, a multiple of 4096; 0: no memory check, the guest is idle.
     @param pauseMilliseconds: the memory check's rest after a round. Under software emulation a round of 4 MiB itself
         takes about half a second.
+    @param firstTcp: whether the guest makes a TCP connection to itself before it is ready. The first one fixes the
+        offset of its TCP time stamps; without this a client's connection will be the first.
     @raise ConfigError: the pattern is no number of pages.
     """
     if patternBytes < 0 or patternBytes % 4096:
@@ -126,6 +137,8 @@ def kernelArguments(
     if address6 is not None:
         words.append(f"colotx.address6={address6}")
     words += [f"colotx.pattern={patternBytes}", f"colotx.pause={pauseMilliseconds}"]
+    if not firstTcp:
+        words.append("colotx.firsttcp=0")
     return " ".join(words)
 
 
@@ -210,6 +223,7 @@ def _initramfs(busybox: bytes, modules: dict[str, bytes]) -> bytes:
         archive.add(f"modules/{name}", stat.S_IFREG | 0o644, data)
     archive.add("modules/order", stat.S_IFREG | 0o644, "".join(f"{name}\n" for name in modules).encode())
     archive.add("numbers", stat.S_IFREG | 0o644, numbers())
+    archive.add("services", stat.S_IFREG | 0o755, _SERVICES.read_bytes())
     archive.add("init", stat.S_IFREG | 0o755, _INIT.read_bytes())
     return archive.finish()
 
@@ -250,9 +264,13 @@ class _Cpio:
 
 
 __all__ = [
+    "CLOCK_LINE",
+    "CLOCK_PORT",
     "ECHO_PORT",
     "NUMBERS_PORT",
     "READY",
+    "SINK_BLOCK",
+    "SINK_PORT",
     "VERDICT_PORT",
     "GuestFiles",
     "buildGuest",

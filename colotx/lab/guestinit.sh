@@ -9,13 +9,14 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs -o size=90% run /run
 
-address='' address6='' pattern=0 pause=100
+address='' address6='' pattern=0 pause=100 firsttcp=1
 for word in $(cat /proc/cmdline); do
     case $word in
     colotx.address=*) address=${word#*=} ;;
     colotx.address6=*) address6=${word#*=} ;;
     colotx.pattern=*) pattern=${word#*=} ;;
     colotx.pause=*) pause=${word#*=} ;;
+    colotx.firsttcp=*) firsttcp=${word#*=} ;;
     esac
 done
 
@@ -42,11 +43,15 @@ content() {
 
 publish 0 ok
 nc -ll -p 7 -e cat &
-nc -ll -p 19 -e sh -c 'while cat /numbers; do :; done' &
+nc -ll -p 9 -e sh /services sink &
+nc -ll -p 13 -e sh /services clock &
+nc -ll -p 19 -e sh /services numbers &
 nc -ll -p 1001 -e cat /run/verdict &
 
-# Also the guest's first TCP connection, which fixes the offset of its TCP time stamps before any checkpoint.
-until nc 127.0.0.1 1001 </dev/null >/dev/null 2>&1; do usleep 20000; done
+# The line of the last listener: the address any, its port in hexadecimal, the state LISTEN.
+until grep -q ':03E9 0*:0000 0A' /proc/net/tcp6; do usleep 20000; done
+# The guest's first TCP connection fixes the offset of its TCP time stamps, and the secret of its sequence numbers.
+[ "$firsttcp" = 0 ] || until nc 127.0.0.1 1001 </dev/null >/dev/null 2>&1; do usleep 20000; done
 echo "colotx: ready after $(cut -d ' ' -f 1 /proc/uptime) s"
 
 [ "$pattern" -gt 0 ] || while :; do sleep 1000; done

@@ -25,7 +25,9 @@ from colotx.errors import ConfigError
 
 GUEST_ADDRESS = "10.77.0.10/24"
 """The protected guest on the service LAN."""
+GUEST_ADDRESS6 = "fd77::10/64"
 CLIENT_ADDRESS = "10.77.0.1/24"
+CLIENT_ADDRESS6 = "fd77::1/64"
 LINK_ADDRESSES = {"primary": "10.88.0.1", "secondary": "10.88.0.2"}
 """The two hosts on their private link (a /24)."""
 
@@ -143,7 +145,7 @@ class Lab:
     Two hosts and a client::
 
         client: bridge lan 10.77.0.1 --- primary:   br0 (the daemon's TAP joins it)    link0 10.88.0.1
-                                   \\-- secondary: br0 (the daemon's TAP joins it)    link0 10.88.0.2
+                           fd77::1 \\-- secondary: br0 (the daemon's TAP joins it)    link0 10.88.0.2
 
     Use it as a context manager, or call C{close}.
 
@@ -168,7 +170,13 @@ class Lab:
         return namespace
 
     def _connect(self) -> None:
-        self.client.ip("link add lan type bridge", f"addr add {CLIENT_ADDRESS} dev lan", "link set lan up")
+        self.client.ip(
+            "link add lan type bridge",
+            f"addr add {CLIENT_ADDRESS} dev lan",
+            # With no other host of that address there is nothing to wait for.
+            f"addr add {CLIENT_ADDRESS6} dev lan nodad",
+            "link set lan up",
+        )
         for role, host in self.hosts.items():
             self.client.ip(
                 f"link add {role} type veth peer name lan0 netns {host.name}",

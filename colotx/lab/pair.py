@@ -23,8 +23,17 @@ from twisted.internet.task import deferLater
 
 from colotx.certificates import initAuthority, issue
 from colotx.errors import ColoError, ConfigError, GuestError
-from colotx.lab.guestimage import VERDICT_PORT, buildGuest, kernelArguments, qemuArguments, qemuBinary
-from colotx.lab.namespaces import GUEST_ADDRESS, LINK_ADDRESSES, Lab
+from colotx.lab.client import TrafficSettings
+from colotx.lab.conversations import KINDS
+from colotx.lab.guestimage import (
+    READY,
+    VERDICT_PORT,
+    buildGuest,
+    kernelArguments,
+    qemuArguments,
+    qemuBinary,
+)
+from colotx.lab.namespaces import GUEST_ADDRESS, GUEST_ADDRESS6, LINK_ADDRESSES, Lab
 from colotx.lab.processes import ClientProcess, DaemonProcess, LabError
 from colotx.settings import DEFAULT_PORT
 
@@ -35,6 +44,7 @@ PROTECTED_LIMIT = 180.0
 """Seconds from the start of the daemons until the guest is protected; software emulation boots slowly."""
 FAILOVER_LIMIT = 30.0
 _POLL = 0.02
+_CONSOLE = "serial.log"
 _GUEST_CACHE = Path(__file__).parents[2] / ".cache" / "guest"
 
 
@@ -45,10 +55,28 @@ class GuestChoice:
 
     @ivar keys: the configuration keys that describe it, the same on both hosts.
     @ivar verdictPort: the guest's port for the word of its memory check; 0: it has none.
+    @ivar kinds: of connection it serves, see L{TrafficSettings}.
+    @ivar address6: its IPv6 address; empty: it has none.
+    @ivar console: the file below a host's directory that gets what it prints, C{READY} when it serves; empty: it
+        prints nothing, and serves at once.
     """
 
     keys: Mapping[str, object]
     verdictPort: int
+    kinds: str = "echo"
+    address6: str = ""
+    console: str = ""
+
+    def traffic(self, connections: int, seed: int) -> TrafficSettings:
+        """@return: all it can be asked for."""
+        return TrafficSettings(
+            host=GUEST_ADDRESS.partition("/")[0],
+            host6=self.address6.partition("/")[0],
+            kinds=self.kinds,
+            connections=connections,
+            seed=seed,
+            verdictPort=self.verdictPort,
+        )
 
 
 def memoryGuest() -> GuestChoice:
@@ -56,23 +84,29 @@ def memoryGuest() -> GuestChoice:
     return GuestChoice({"guest": "memory", "memory-address": GUEST_ADDRESS}, 0)
 
 
-def qemuGuest(binary: str = "", patternBytes: int = 4 << 20) -> GuestChoice:
+def qemuGuest(binary: str = "", patternBytes: int = 4 << 20, firstTcp: bool = True) -> GuestChoice:
     """
     A Linux guest that checks its own memory.
 
     @param binary: the QEMU; empty: C{COLOTX_QEMU} of the environment, else the distribution's.
-    @param patternBytes: how much memory it checks.
+    @param patternBytes: how much memory it checks; 0: none, and nobody asks.
+    @param firstTcp: see L{kernelArguments}.
     @raise ConfigError: a part is missing.
     """
     if binary and shutil.which(binary) is None:
         raise ConfigError(f"there is no QEMU {binary}")
     files = buildGuest(_GUEST_CACHE)
+    kernel = kernelArguments(GUEST_ADDRESS, GUEST_ADDRESS6, patternBytes, firstTcp=firstTcp)
     # Relative: the working directories of the daemons differ, the arguments must not.
-    arguments = qemuArguments(
-        files, kernelArguments(GUEST_ADDRESS, patternBytes=patternBytes), serial="serial.log"
-    )
+    arguments = qemuArguments(files, kernel, serial=_CONSOLE)
     keys = {"guest": "qemu", "qemu-binary": binary or qemuBinary(), "qemu-arguments": arguments}
-    return GuestChoice(keys, VERDICT_PORT)
+    return GuestChoice(
+        keys,
+        verdictPort=VERDICT_PORT if patternBytes else 0,
+        kinds=",".join(KINDS),
+        address6=GUEST_ADDRESS6,
+        console=_CONSOLE,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +114,14 @@ class PairSettings:
     """
     @ivar checkpointDelay: ms.
     @ivar heartbeatLimit: ms; the daemons' own default.
+    @ivar secondary: the kind of secondary.
     @ivar both: further configuration keys of both daemons.
     """
 
     guest: GuestChoice = field(default_factory=memoryGuest)
     checkpointDelay: int = 50
     heartbeatLimit: int = 300
+    secondary: str = "passive"
     both: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -130,6 +166,7 @@ class ProtectedPair:
             "key": str(key),
             "checkpoint-delay": self._settings.checkpointDelay,
             "heartbeat-limit": self._settings.heartbeatLimit,
+            "secondary": self._settings.secondary,
             # When the link dies both hosts live, and only one may go on: the one that can be told from here.
             "on-lost-peer": "failover" if role == "secondary" else "hold",
             "outside": "tap:colo0,bridge=br0",
@@ -138,15 +175,31 @@ class ProtectedPair:
         }
         return DaemonProcess(self._reactor, self.lab.hosts[role], self.directory / role, keys)
 
-    async def start(self) -> None:
+    async def start(self, guestFirst: bool = False) -> None:
         """
         Start both daemons and wait until the guest is protected.
 
+        @param guestFirst: the secondary's only when the guest serves: it boots faster alone.
         @raise LabError: it is not, in L{PROTECTED_LIMIT}, or a daemon ended.
         """
-        for daemon in reversed(self.daemons.values()):
-            daemon.start()
+        primary, secondary = self.daemons.values()
+        if guestFirst:
+            primary.start()
+            await self.until("the guest does not serve", PROTECTED_LIMIT, self.isServing)
+            secondary.start()
+        else:
+            secondary.start()
+            primary.start()
         await self.until("the guest is not protected", PROTECTED_LIMIT, self.isProtected)
+
+    async def isServing(self) -> bool:
+        """@return: whether the primary's guest has said so. @raise LabError: the daemon ended."""
+        primary = self.daemons["primary"]
+        status = await primary.query("query-status")
+        if not self._settings.guest.console:
+            return bool(status["status"] == "running")
+        console = primary.directory / self._settings.guest.console
+        return console.exists() and READY.encode() in console.read_bytes()
 
     async def isProtected(self) -> bool:
         """@return: whether either host may die now, in the primary's words. @raise LabError: a daemon ended."""

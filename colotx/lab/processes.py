@@ -229,6 +229,10 @@ class ClientProcess:
         self.process.whenEnded().addCallback(self._ended)
         await self._expect("connected", settings.connectTimeout + 10)
 
+    def open(self, count: int, interval: float) -> None:
+        """Let it open C{count} more connections, one each C{interval} seconds, until the kill."""
+        self.process.transport.writeToChild(0, f"open {count} {interval}\n".encode())
+
     def mark(self, at: float) -> None:
         """Tell it when the kill was, seconds of C{time.monotonic}."""
         self.process.transport.writeToChild(0, f"mark {at}\n".encode())

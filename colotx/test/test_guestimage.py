@@ -117,6 +117,7 @@ class BuildTests(SynchronousTestCase):
         self.assertEqual(found["dev/console"], Entry(stat.S_IFCHR | 0o600, b"", (5, 1)))
         self.assertEqual(found["numbers"].data, guestimage.numbers())
         self.assertTrue(found["init"].data.startswith(b"#!/bin/sh\n"))
+        self.assertTrue(found["services"].data.startswith(b"#!/bin/sh\n"))
         self.assertEqual(found["init"].mode, stat.S_IFREG | 0o755)
 
     def test_same(self) -> None:
@@ -163,6 +164,8 @@ class ArgumentTests(SynchronousTestCase):
             ],
         )
         self.assertNotIn("address", guestimage.kernelArguments())
+        self.assertNotIn("firsttcp", guestimage.kernelArguments())
+        self.assertIn("colotx.firsttcp=0", guestimage.kernelArguments(firstTcp=False).split())
 
     def test_patternSize(self) -> None:
         """The memory check writes whole pages."""

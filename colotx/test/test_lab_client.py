@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from twisted.internet.defer import Deferred, ensureDeferred
@@ -11,16 +12,36 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from colotx.errors import ConfigError
-from colotx.lab.client import TICK, TrafficClient, TrafficSettings, _arguments, isClean, isMemoryIntact
+from colotx.lab.client import TrafficClient, TrafficSettings, _arguments, isClean, isMemoryIntact
+from colotx.lab.conversations import TICK
+from colotx.lab.guestimage import SINK_BLOCK, numbers
 
 SETTINGS = TrafficSettings("10.77.0.10", connections=2, rate=3200, window=320, drainTimeout=5.0, seed=3)
 
 
 class Transport(StringTransport):
-    """What C{EchoConnection} wants of TCP."""
+    """What conversations want of TCP."""
+
+    halfClosed = False
+    paused = False
 
     def setTcpNoDelay(self, enabled: bool) -> None:
         """Nothing to do in memory."""
+
+    def getHandle(self) -> Any:
+        return self
+
+    def setsockopt(self, *option: int) -> None:
+        """Nothing to do in memory."""
+
+    def loseWriteConnection(self) -> None:
+        self.halfClosed = True
+
+    def pauseProducing(self) -> None:
+        self.paused = True
+
+    def resumeProducing(self) -> None:
+        self.paused = False
 
 
 class Run:
@@ -74,6 +95,7 @@ class Run:
 class TrafficClientTests(SynchronousTestCase):
     def report(self, run: Run) -> dict[str, Any]:
         assert run.running is not None
+        run.tick()
         return self.successResultOf(run.running)
 
     def test_clean(self) -> None:
@@ -85,7 +107,7 @@ class TrafficClientTests(SynchronousTestCase):
         run.client.drain()
         report = self.report(run)
         self.assertTrue(isClean(report))
-        self.assertEqual(report["sent"], report["echoed"])
+        self.assertEqual(report["sent"], report["received"])
         self.assertEqual(report["sent"], sum(one["sent"] for one in report["connections"]))
         # Two connections at 3200 bytes/s for 0.1 s, the first tick at once.
         self.assertEqual(report["sent"], 2 * 32 * 11)
@@ -220,9 +242,154 @@ class TrafficClientTests(SynchronousTestCase):
                 run.start()
                 run.echo()
                 run.client.drain()
+                run.tick()
         report = self.report(run)
         self.assertEqual(report["memory_check"], ["3 ok", "9 CORRUPT"])
         self.assertFalse(isClean(report))
+
+    def test_hung(self) -> None:
+        """A connection that gets nothing for long, and has something due, is hung; nobody waits longer for it."""
+        run = Run(TrafficSettings("10.77.0.10", connections=2, drainTimeout=30.0, hungAfter=3.0)).start()
+        run.client.drain()
+        run.protocols[1].dataReceived(run.taken(1))
+        run.tick(298)
+        assert run.running is not None
+        self.assertNoResult(run.running)
+        run.tick(2)
+        report = self.report(run)
+        self.assertEqual((report["hung"], [one["hung"] for one in report["connections"]]), (1, [True, False]))
+        self.assertFalse(isClean(report))
+
+    def test_kindsInTurn(self) -> None:
+        """The kinds are opened in turn, and then the same to the other address."""
+        run = Run(TrafficSettings("10.77.0.10", "fd77::10", "echo,upload", connections=4)).start()
+        opened = [(client[0], client[1]) for client in run.reactor.tcpClients]
+        self.assertEqual(opened, [("10.77.0.10", 7), ("10.77.0.10", 9), ("fd77::10", 7), ("fd77::10", 9)])
+
+    def test_unknownKind(self) -> None:
+        """A kind that is none is refused."""
+        self.assertIn(
+            "smalltalk", str(self.assertRaises(ConfigError, TrafficSettings, "h", kinds="echo,smalltalk"))
+        )
+
+    def test_newcomers(self) -> None:
+        """More connections are opened in time, until the mark."""
+        run = Run().start()
+        run.client.open(10, 0.1)
+        for _ in range(25):
+            run.tick()
+            if len(run.reactor.tcpClients) > len(run.protocols):
+                run.accept()
+            run.echo()
+        run.client.mark(run.reactor.seconds())
+        run.tick(50)
+        self.assertEqual(len(run.reactor.tcpClients), 2 + 3)
+        run.echo()
+        run.client.drain()
+        run.echo()
+        report = self.report(run)
+        self.assertTrue(isClean(report))
+        self.assertEqual(len(report["connections"]), 5)
+
+    def test_unopened(self) -> None:
+        """A newcomer that finds nobody is a fault; the report waits for one that may still come about."""
+        run = Run().start()
+        run.client.open(2, 0.01)
+        run.tick(2)
+        run.echo()
+        run.client.drain()
+        run.echo()
+        run.refuse()
+        run.tick(5)
+        assert run.running is not None
+        self.assertNoResult(run.running)
+        run.accept(-2)
+        report = self.report(run)
+        self.assertEqual((report["unopened"], len(report["connections"])), (1, 3))
+        self.assertFalse(isClean(report))
+
+
+class DownloadTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        settings = TrafficSettings("10.77.0.10", kinds="download", connections=1, bulkRate=100_000)
+        self.run_ = Run(settings).start()
+        self.peer = self.run_.protocols[0]
+        self.numbers = numbers()
+        self.position = 0
+
+    def give(self, length: int) -> None:
+        self.peer.dataReceived(self.numbers[self.position : self.position + length])
+        self.position += length
+
+    def report(self) -> dict[str, Any]:
+        self.run_.tick()
+        assert self.run_.running is not None
+        return self.successResultOf(self.run_.running)
+
+    def test_clean(self) -> None:
+        """It is over when more came than can have been under way, and the report says how much that was."""
+        self.give(1000)
+        self.run_.client.drain()
+        self.give(65_535)
+        self.run_.tick()
+        assert self.run_.running is not None
+        self.assertNoResult(self.run_.running)
+        self.give(1)
+        report = self.report()
+        self.assertTrue(isClean(report))
+        self.assertEqual(report["received"], 66_536)
+
+    def test_rate(self) -> None:
+        """It takes no more than its rate."""
+        self.give(2000)
+        self.assertTrue(self.peer.transport.paused)
+        self.run_.tick(2)
+        self.assertFalse(self.peer.transport.paused)
+
+    def test_lost(self) -> None:
+        """A piece that is missing is lost."""
+        self.give(100)
+        self.position += 51
+        self.run_.client.drain()
+        self.give(70_000)
+        report = self.report()
+        self.assertGreaterEqual(report["lost"], 51)
+        self.assertFalse(isClean(report))
+
+
+class UploadTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        settings = TrafficSettings("10.77.0.10", kinds="upload", connections=1, bulkRate=1_000_000)
+        self.run_ = Run(settings).start()
+        self.run_.tick(2)
+        self.peer = self.run_.protocols[0]
+        self.data = self.run_.taken(0)
+        self.run_.client.drain()
+
+    def tell(self, *blocks: bytes) -> None:
+        for block in blocks:
+            self.peer.dataReceived(hashlib.md5(block).hexdigest().encode() + b"\n")
+
+    def report(self) -> dict[str, Any]:
+        self.run_.tick()
+        assert self.run_.running is not None
+        return self.successResultOf(self.run_.running)
+
+    def test_clean(self) -> None:
+        """It ends its side, and is over when the rest was told as well; the guest may close then."""
+        self.assertTrue(self.peer.transport.halfClosed)
+        self.tell(self.data[:SINK_BLOCK], self.data[SINK_BLOCK:])
+        self.peer.connectionLost(Failure(ConnectionDone()))
+        report = self.report()
+        self.assertTrue(isClean(report))
+        self.assertEqual((report["sent"], report["received"]), (30_000 // 16 * 16, 30_000 // 16 * 16))
+
+    def test_closedEarly(self) -> None:
+        """A guest that closes before it told everything is a loss."""
+        self.tell(self.data[:SINK_BLOCK])
+        self.peer.connectionLost(Failure(ConnectionDone()))
+        report = self.report()
+        self.assertEqual((report["lost"], report["resets"]), (len(self.data) - SINK_BLOCK, 1))
 
 
 class MemoryCheckTests(SynchronousTestCase):
@@ -244,5 +411,8 @@ class MemoryCheckTests(SynchronousTestCase):
 class ArgumentTests(SynchronousTestCase):
     def test_roundTrip(self) -> None:
         """The command line says the same as the settings it was made of."""
-        for settings in (SETTINGS, TrafficSettings("h", 9, 1, 2, 3, 4.5, 5.5, 6, 7)):
+        for settings in (
+            SETTINGS,
+            TrafficSettings("h", "::1", "upload,echo", 1, 2, 3, 4, 4.5, 5.5, 6.5, 7, 8),
+        ):
             self.assertEqual(_arguments(settings.arguments()), settings)

@@ -14,10 +14,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from colotx.errors import ConfigError
 from colotx.lab import demo
 from colotx.lab.demo import Demo, _arguments, _chooseGuest
-from colotx.lab.pair import GuestChoice, memoryGuest, qemuGuest
+from colotx.lab.pair import GuestChoice, PairSettings, memoryGuest, qemuGuest
 from colotx.lab.processes import LabError
 from colotx.settings import buildSettings
-from colotx.test.test_lab_report import clientReport
+from colotx.test.test_lab_report import clientConnection, clientReport
 
 QEMU = GuestChoice({"guest": "qemu"}, 1001)
 
@@ -65,9 +65,28 @@ class ChoiceTests(SynchronousTestCase):
 
     def test_arguments(self) -> None:
         """Numbers that make no sense are refused."""
-        for wrong in (["--rounds", "0"], ["--checkpoint-delay", "0"], ["--kill", "everything"]):
+        late = ["--first-connection-late"]
+        for wrong in (["--rounds", "0"], ["--checkpoint-delay", "0"], ["--kill", "everything"], late):
             with contextlib.redirect_stderr(io.StringIO()):
                 self.assertRaises(SystemExit, _arguments, wrong)
+
+    def test_delays(self) -> None:
+        """Checkpoints are far apart where output does not wait for them, and none comes where none may."""
+        active = ["--secondary", "active"]
+        delays = [
+            _arguments(words).checkpoint_delay for words in ([], active, [*active, "--first-connection-late"])
+        ]
+        self.assertEqual(delays[:2], [50, 5000])
+        self.assertGreater(delays[2], 3_600_000)
+        self.assertEqual(_arguments([*active, "--checkpoint-delay", "7"]).checkpoint_delay, 7)
+
+    def test_firstLate(self) -> None:
+        """Only a Linux guest has the time stamps that its first connection fixes."""
+        made: list[Any] = []
+        self.patch(demo, "qemuGuest", lambda binary, **settings: made.append(settings))
+        _chooseGuest(None, "host", "", True)
+        self.assertEqual(made, [{"patternBytes": 0, "firstTcp": False}])
+        self.assertRaises(ConfigError, _chooseGuest, "memory", "host", "", True)
 
 
 class FakeDaemon:
@@ -87,6 +106,7 @@ class FakePair:
 
     killed: str | None = None
     closed = False
+    opened = 0
     takesOver = False
     """Whether the secondary goes live before anything was broken."""
 
@@ -95,7 +115,11 @@ class FakePair:
         self.client = self
         self.report = clientReport()
 
-    async def start(self, *arguments: Any) -> None: ...
+    async def start(self, *arguments: Any, **more: Any) -> None:
+        self.started = more
+
+    def open(self, count: int, interval: float) -> None:
+        self.opened = count
 
     async def describe(self) -> str:
         return "primary protected"
@@ -134,6 +158,8 @@ class RoundTests(SynchronousTestCase):
         self.pairs: list[FakePair] = []
         self.patch(demo, "ProtectedPair", self.makePair)
         self.patch(demo, "_TRAFFIC_BEFORE", (0.0, 0.0))
+        self.settings = PairSettings(memoryGuest())
+        self.firstLate = False
         self.prepare: Any = lambda pair: None
 
     def makePair(self, *arguments: Any) -> FakePair:
@@ -144,7 +170,9 @@ class RoundTests(SynchronousTestCase):
 
     def run_(self, rounds: int) -> list[Any]:
         with contextlib.redirect_stdout(io.StringIO()):
-            run = Demo(MemoryReactorClock(), memoryGuest(), "daemon", 50, 1, Path("logs")).run(rounds)
+            run = Demo(MemoryReactorClock(), self.settings, "daemon", 1, Path("logs"), self.firstLate).run(
+                rounds
+            )
             return self.successResultOf(ensureDeferred(run))
 
     def test_good(self) -> None:
@@ -178,3 +206,24 @@ class RoundTests(SynchronousTestCase):
         self.prepare = prepare
         (result,) = self.run_(1)
         self.assertIn("doubled 16", result.problem)
+
+    def test_active(self) -> None:
+        """With an active secondary connections are opened after the last checkpoint, and the guest boots alone."""
+        self.settings = PairSettings(memoryGuest(), 5000, secondary="active")
+        (result,) = self.run_(1)
+        self.assertEqual(result.problem, None)
+        self.assertGreater(self.pairs[0].opened, 0)
+
+    def test_firstLate(self) -> None:
+        """A round whose first connection is older than a checkpoint shows nothing, and fails."""
+        self.settings = PairSettings(memoryGuest(), 5000, secondary="active")
+        self.firstLate = True
+
+        def prepare(pair: FakePair) -> None:
+            opened = 0.0 if self.pairs else 1e12
+            pair.report = clientReport(connections=[clientConnection(opened=opened)])
+
+        self.prepare = prepare
+        first, second = self.run_(2)
+        self.assertEqual((first.problem, first.late), (None, 1))
+        self.assertIn("a checkpoint came", second.problem)

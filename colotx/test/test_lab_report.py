@@ -10,11 +10,26 @@ from twisted.trial.unittest import SynchronousTestCase
 from colotx.lab.report import RoundResult, line, summary, table
 
 
+def clientConnection(**found: Any) -> dict[str, Any]:
+    """What it says of one connection."""
+    return {
+        "kind": "echo",
+        "version": 4,
+        "opened": 50.0,
+        **dict.fromkeys(("sent", "received"), 1000),
+        **dict.fromkeys(("lost", "doubled", "corrupted", "reordered", "hung"), 0),
+        "reset": None,
+        "outage_ms": 320.5,
+        **found,
+    }
+
+
 def clientReport(**found: Any) -> dict[str, Any]:
     """What a client says after a clean round, but for C{found}."""
     return {
         "sent": 1000,
-        **dict.fromkeys(("lost", "doubled", "corrupted", "reordered", "resets"), 0),
+        **dict.fromkeys(("lost", "doubled", "corrupted", "reordered", "resets", "hung", "unopened"), 0),
+        "connections": [clientConnection()],
         "outage_ms": 310.5,
         "usual_gap_ms": {"p50": 9.0, "p99": 61.0, "max": 70.0},
         "memory_check": ["3 ok", "5 ok"],
@@ -38,7 +53,7 @@ class RoundResultTests(SynchronousTestCase):
 
     def test_faults(self) -> None:
         """Each fault alone fails the round and is named."""
-        for fault in ("lost", "doubled", "corrupted", "reordered", "resets"):
+        for fault in ("lost", "doubled", "corrupted", "reordered", "resets", "hung", "unopened"):
             result = RoundResult(1, "host")
             result.take(clientReport(**{fault: 1}))
             self.assertEqual(result.result, "FAILED")
@@ -49,6 +64,38 @@ class RoundResultTests(SynchronousTestCase):
         result = RoundResult(1, "host")
         result.take(clientReport(memory_check=["3 ok", "4 CORRUPT"]))
         self.assertIn("CORRUPT", str(result.problem))
+
+    def test_late(self) -> None:
+        """Connections younger than the last checkpoint are counted."""
+        result = RoundResult(1, "host", last_checkpoint=60.0)
+        result.take(clientReport(connections=[clientConnection(opened=at) for at in (59.0, 60.5, 61.0)]))
+        self.assertEqual((result.connections, result.late), (3, 2))
+
+    def test_afterDetection(self) -> None:
+        """The longest silence of an echo counts, but for the detection; one opened after the kill has none."""
+        result = RoundResult(1, "host", detection_ms=20.0)
+        each = [clientConnection(outage_ms=outage) for outage in (50.0, 70.0, None)]
+        result.take(clientReport(connections=[*each, clientConnection(kind="upload", outage_ms=300.0)]))
+        self.assertEqual(result.after_detection_ms, 50.0)
+
+    def test_kinds(self) -> None:
+        """Connections are summed up by kind and version of IP, over all rounds."""
+        results = []
+        for outage in (100.0, 300.0):
+            result = RoundResult(1, "host")
+            each = [
+                clientConnection(outage_ms=outage),
+                clientConnection(version=6, lost=16, reset="gone", hung=True),
+            ]
+            result.take(clientReport(connections=each))
+            results.append(result)
+        kinds = summary(results)["kinds"]
+        self.assertEqual(list(kinds), ["echo IPv4", "echo IPv6"])
+        self.assertEqual(kinds["echo IPv4"]["outage_ms"], {"p50": 100.0, "p99": 300.0, "max": 300.0})
+        self.assertEqual(
+            [kinds["echo IPv6"][name] for name in ("connections", "sent", "lost", "resets", "hung")],
+            [2, 2000, 32, 2, 2],
+        )
 
 
 class SummaryTests(SynchronousTestCase):
@@ -73,11 +120,11 @@ class SummaryTests(SynchronousTestCase):
         self.assertIn("outage - ms", line(found))
 
     def test_line(self) -> None:
-        """The line says the five things in order."""
+        """The line says everything in order."""
         self.assertEqual(
             line(summary(rounds())),
-            "outage 310.5 ms (p50; max 420.0), 100 checkpoints, downtime p50 5.0 ms, p99 11.0 ms, "
-            "bytes lost 16, bytes doubled 32",
+            "outage 310.5 ms (p50; max 420.0), after detection 300.5 ms (p50; p99 308.5), 100 checkpoints, "
+            "downtime p50 5.0 ms, p99 11.0 ms, bytes lost 16, bytes doubled 32, connections hung 0 of 2 (0 late)",
         )
 
     def test_table(self) -> None:
