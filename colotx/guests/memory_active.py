@@ -9,7 +9,6 @@ brought, and those the machine here has written itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from colotx.errors import FailoverError, GuestError, UnexpectedMessage
 from colotx.guests._machine import Machine
 from colotx.guests.memory_primary import BLOCK, MemoryPort, MemoryPrimaryGuest, checkMachine
 from colotx.guests.passive import PassiveSecondary
+from colotx.guests.translating import TranslatingPort
 from colotx.interfaces import IActiveSecondary
 from colotx.ramcache import RamCache
 from colotx.vmstate import PAGE_SIZE
@@ -44,7 +44,7 @@ class ActiveMemorySecondary(PassiveSecondary):
         super().__init__(clock, newCache, lambda image: None)
         self._clock = clock
         self._nic = MemoryPort()
-        self.port: Any = self._nic
+        self.port = TranslatingPort(self._nic, clock.seconds)
         self.guest: MemoryPrimaryGuest | None = None
         self._loaded: RamCache | None = None
         self._behind = False
@@ -76,7 +76,7 @@ class ActiveMemorySecondary(PassiveSecondary):
 
     def promote(self) -> Deferred[MemoryPrimaryGuest]:
         """
-        Hand the machine over as it is; if a checkpoint is being loaded, when it is loaded.
+        Stop the machine and hand it over as it is; if a checkpoint is being loaded, when it is loaded.
 
         @raise FailoverError: there is none, it crashed, or its last load failed.
         """
@@ -114,6 +114,9 @@ class ActiveMemorySecondary(PassiveSecondary):
         self.abandon()
         self._over = "promoted"
         self.guest.onLost = None
+        # Nothing is said until C{launch}: then there is somebody who hears it.
+        await self.guest.stop()
+        self.port.promoted()
         await super().close()
         return self.guest
 
@@ -146,6 +149,7 @@ class ActiveMemorySecondary(PassiveSecondary):
             raise
         # What both were given before the checkpoint is in it.
         self._nic.clear()
+        self.port.checkpointLoaded()
         guest.onLost = self._crashed
         self.guest, self._loaded, self._behind, self._broken = guest, cache, False, ""
         return guest
