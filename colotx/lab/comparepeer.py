@@ -16,12 +16,14 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from colotx.comparer import CompareLimits, Comparer
 from colotx.errors import ConfigError
 from colotx.lab.guestimage import qemuBinary
 from colotx.lab.processes import STOP_LIMIT, LabError
@@ -112,6 +114,21 @@ def qemuCommand(options: CompareOptions, binary: str = "") -> list[str]:
         f"vnet_hdr_support={'off' if options.vnetHeader is None else 'on'}",
     ]
     return [*command, "-object", ",".join(["colo-compare,id=compare,iothread=compare-thread", *properties])]
+
+
+def ourCommand(options: CompareOptions) -> list[str]:
+    """C{twistd colo --role=compare}, its sockets in its working directory."""
+    # Not the twistd script: it may be elsewhere than this Python's modules.
+    twistd = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
+    return [
+        *twistd,
+        *("-n", "--pidfile=", "colo", "--role=compare", "--control=control"),
+        *(f"--{name.replace('_', '-')}=unix:{name},server" for name in SOCKETS),
+        f"--compare-timeout={options.compareTimeout}",
+        f"--expired-scan-cycle={options.expiredScanCycle}",
+        f"--max-queue-size={options.maxQueueSize}",
+        f"--vnet-hdr-support={'off' if options.vnetHeader is None else 'on'}",
+    ]
 
 
 class CompareProcess:
@@ -213,9 +230,17 @@ class RemoteComparer:
     def secondary(self, frames: Sequence[bytes]) -> None:
         self._connections["secondary_in"].sendall(self.encode(frames))
 
-    def settle(self) -> Seen:
+    def connection(self, name: str) -> socket.socket:
+        """@return: one of the L{SOCKETS}, for those who know better."""
+        return self._connections[name]
+
+    def newMark(self) -> bytes:
+        """@return: a frame that leaves when both guests said it, and that was not said before."""
         self._marks += 1
-        mark = _mark(self._marks)
+        return _mark(self._marks)
+
+    def settle(self) -> Seen:
+        mark = self.newMark()
         self.primary([mark])
         self.secondary([mark])
         left = []
@@ -257,9 +282,9 @@ class RemoteComparer:
         self._connections["outdev"].settimeout(0.1)
         deadline = time.monotonic() + ANSWER_LIMIT
         while True:
-            self._marks += 1
-            self.primary([_mark(self._marks)])
-            self.secondary([_mark(self._marks)])
+            mark = self.newMark()
+            self.primary([mark])
+            self.secondary([mark])
             try:
                 self._receive("outdev", self._vnet)
                 break
@@ -303,6 +328,47 @@ class RemoteComparer:
             data += piece
         self._unread[name] = data[size:]
         return data[:size]
+
+
+class LocalComparer:
+    """Ours in this process, with a clock that is set by hand."""
+
+    def __init__(self, options: CompareOptions) -> None:
+        limits = CompareLimits(options.compareTimeout, options.expiredScanCycle, options.maxQueueSize)
+        self._header = options.vnetHeader or 0
+        self._now = 0.0
+        self._left: list[bytes] = []
+        self._reasons: list[str] = []
+        self.comparer = Comparer(lambda: self._now, self._left.extend, self._reasons.append, limits)
+
+    def primary(self, frames: Sequence[bytes]) -> None:
+        self.comparer.primary(self._encode(frames), self._header)
+
+    def secondary(self, frames: Sequence[bytes]) -> None:
+        self.comparer.secondary(self._encode(frames), self._header)
+
+    def settle(self) -> Seen:
+        seen = Seen(tuple(frame[self._header :] for frame in self._left), bool(self._reasons))
+        self._left.clear()
+        self._reasons.clear()
+        return seen
+
+    def checkpoint(self) -> Seen:
+        self._left += self.comparer.flush()
+        return self.settle()
+
+    def wait(self, seconds: float) -> None:
+        """Let time go by."""
+        end = self._now + seconds
+        while self._now < end:
+            self._now += self.comparer.limits.expiredScanCycle / 1000
+            self.comparer.scan()
+
+    def close(self) -> None:
+        pass
+
+    def _encode(self, frames: Sequence[bytes]) -> list[bytes]:
+        return [bytes(self._header) + frame for frame in frames]
 
 
 def _mark(number: int) -> bytes:

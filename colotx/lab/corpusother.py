@@ -141,8 +141,9 @@ def _reordered(make: Datagrams) -> Maker:
         place = chance.randrange(7)
         datagrams[place : place + 2] = datagrams[place + 1], datagrams[place]
         second = sides.frames(1, datagrams)
-        # A comparer that saw the two ways round may ask for a checkpoint: it cannot know that the other one comes.
-        return Pair(tuple((frame, LEAVES) for frame in first), tuple(second), None, ordered=False)
+        # A comparer that sees one where the other is may take it for a difference: it cannot know what comes.
+        verdicts = [LEAVES] * place + [EITHER] * (8 - place)
+        return Pair(tuple(zip(first, verdicts, strict=True)), tuple(second), None, ordered=False)
 
     return maker
 
@@ -235,9 +236,10 @@ def _fragmented(
                 verdict = LEAVES if change is None or number == 0 else EITHER
                 primary.append((frame, HELD if number == 1 and place == wrong else verdict))
         if mixed:
-            pairs = [second[0] + second[1]]
-            chance.shuffle(pairs[0])
-            second = [*pairs, second[2]]
+            both = second[0] + second[1][:-1]
+            chance.shuffle(both)
+            # The datagrams become whole in their order.
+            second = [both, second[1][-1:], second[2]]
         secondary = tuple(frame for frames in second for frame in frames)
         return Pair(tuple(primary), secondary, change is not None, ordered=not mixed and change is None)
 

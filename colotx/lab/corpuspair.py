@@ -26,7 +26,8 @@ class Pair:
     What two guests said in one case.
 
     @ivar primary: frames, each with its verdict.
-    @ivar wanted: whether a checkpoint must be asked for, at once or after a time-out; C{None}: it may be.
+    @ivar wanted: whether a checkpoint must be asked for, at once or after a time-out; C{None}: it may be, and must
+        be if a frame is held.
     @ivar ordered: whether the primary's order must be kept among those that leave.
     @ivar later: more frames of both guests, the same but for what may differ, of the same flow, said after the
         checkpoint that ends the case: the primary's all leave.
