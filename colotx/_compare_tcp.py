@@ -61,6 +61,8 @@ class TcpFlow:
 
     __slots__ = (
         "_cursor",
+        "_end",
+        "_examined",
         "_fin",
         "_origin",
         "_paired",
@@ -90,6 +92,8 @@ class TcpFlow:
         self.asked = False
         self.deaf = False
         self._cursor = 0  # key of the entry of theirs in which the search ended last
+        self._end: int | None = None  # the end of the examined ones of theirs, in sequence space
+        self._examined: int | None = None  # key of the last of those
         self._fin: int | None = None  # place of the secondary's FIN
         self._syn: tuple[int, int, int, bytes] | None = None  # the secondary's: sequence, ack, flags, payload
         self._paired: int | None = None  # the primary's initial number that its SYN answers
@@ -113,6 +117,7 @@ class TcpFlow:
             known = self.theirs.get(seq)
             if known is None or len(known) < len(payload):
                 self.theirs[seq] = payload
+                self._reach(seq, payload)
         if flags & FIN:
             self._fin = (seq + len(payload)) & MASK
 
@@ -122,6 +127,7 @@ class TcpFlow:
         self.theirs.clear()
         self.room = 2 * _HISTORY_SEGMENTS
         self.ack = syn[1] if syn[2] & ACK else None
+        self._end = self._examined = None
         self._fin = None
         self.reached = None
         self.deaf = False
@@ -217,14 +223,31 @@ class TcpFlow:
         skip = (place - self._cursor) & MASK
         if skip < len(said):
             return said, skip
+        if self._isBeyond(place):
+            return b"", 0
         for start, said in reversed(theirs.items()):
             skip = (place - start) & MASK
             if skip < len(said):
                 self._cursor = start
                 return said, skip
-            if skip == len(said):
-                break  # the primary is where the secondary is: the common case of a search in vain
         return b"", 0
+
+    def _isBeyond(self, place: int) -> bool:
+        """
+        Whether the secondary's stream has not come so far: the common case of a search in vain. Looks at each of its
+        segments once, in the search after it came.
+        """
+        for seq, said in reversed(self.theirs.items()):
+            if seq == self._examined:
+                break
+            self._reach(seq, said)
+        self._examined = next(reversed(self.theirs), None)
+        return self._end is None or (place - self._end) & MASK < HALF
+
+    def _reach(self, seq: int, said: bytes) -> None:
+        end = (seq + len(said)) & MASK
+        if self._end is None or (end - self._end) & MASK < HALF:
+            self._end = end
 
     def prune(self) -> int:
         """
