@@ -40,20 +40,20 @@ class Watched:
     """
     A QEMU's monitor, and what its events say of its guest's standstills.
 
+    @ivar directory: QEMU's working directory; a short path.
     @ivar downtimes: when the guest was stopped (seconds since 1970, by QEMU's clock) and for how long (ms).
     """
 
     def __init__(self, reactor: Any, directory: Path) -> None:
-        """@param directory: QEMU's working directory; a short path."""
         self._reactor = reactor
-        self._directory = directory
+        self.directory = directory
         self._qmp: QmpClient | None = None
         self._stopped = 0.0
         self.downtimes: list[tuple[float, float]] = []
 
     async def connect(self) -> None:
         """@raise colotx.errors.GuestError: there is no monitor."""
-        self._qmp = await connectQmp(self._reactor, os.fspath(self._directory / "m2"), BOOT_LIMIT)
+        self._qmp = await connectQmp(self._reactor, os.fspath(self.directory / "m2"), BOOT_LIMIT)
         self._qmp.onEvent = self._event
 
     async def execute(self, command: str, **arguments: object) -> Any:
@@ -63,12 +63,12 @@ class Watched:
 
     async def booted(self) -> None:
         """Wait until the guest serves. @raise LabError: it does not, in L{BOOT_LIMIT} seconds."""
-        console = self._directory / CONSOLE
+        console = self.directory / CONSOLE
 
         async def serves() -> bool:
             return console.exists() and READY in console.read_text(errors="replace")
 
-        await until(self._reactor, f"the guest in {self._directory} does not serve", serves)
+        await until(self._reactor, f"the guest in {self.directory} does not serve", serves)
 
     def disconnect(self) -> None:
         """Hang up."""
