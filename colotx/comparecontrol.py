@@ -17,16 +17,20 @@ from colotx.qmp import Command, JsonObject
 from colotx.settings import keyOf
 
 
-class CompareNode(Protocol):
-    """What the commands need of the daemon."""
-
-    evidence: Evidence
+class CompareProperties(Protocol):
+    """What has a comparer's properties."""
 
     def properties(self) -> dict[str, object]:
         """C{qom-get}: all properties, by QEMU's names."""
 
     def setLimit(self, name: str, value: int) -> None:
         """C{qom-set} of one of L{LIMITS}."""
+
+
+class CompareNode(CompareProperties, Protocol):
+    """What the commands need of the daemon."""
+
+    evidence: Evidence
 
     def checkpointDone(self) -> None:
         """C{colotx-checkpoint-done}."""
@@ -44,8 +48,8 @@ class CompareNode(Protocol):
 _SETTABLE = {keyOf(name).replace("-", "_"): name for name in LIMITS}
 
 
-def commandTable(node: CompareNode) -> dict[str, Command]:
-    """The commands, as L{colotx.qmp.QmpServerFactory} takes them."""
+def propertyCommands(node: CompareProperties) -> dict[str, Command]:
+    """C{qom-get} and C{qom-set}."""
 
     def get(path: str, property: str) -> object:
         return _known(node, property)
@@ -65,6 +69,13 @@ def commandTable(node: CompareNode) -> dict[str, Command]:
     return {
         "qom-get": Command(get, required={"path": str, "property": str}),
         "qom-set": Command(set, required={"path": str, "property": str, "value": int}),
+    }
+
+
+def commandTable(node: CompareNode) -> dict[str, Command]:
+    """The commands, as L{colotx.qmp.QmpServerFactory} takes them."""
+    return {
+        **propertyCommands(node),
         "query-status": Command(lambda: {"running": True, "singlestep": False, "status": "running"}),
         "query-colotx-status": Command(node.describeStatus),
         "query-colotx-stats": Command(node.describeStatistics),
@@ -74,7 +85,7 @@ def commandTable(node: CompareNode) -> dict[str, Command]:
     }
 
 
-def _known(node: CompareNode, property: str) -> object:
+def _known(node: CompareProperties, property: str) -> object:
     properties = node.properties()
     if property not in properties:
         raise QmpError("GenericError", f"Property 'colo-compare.{property}' not found")

@@ -27,6 +27,7 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
 
+from colotx.comparecontrol import CompareProperties, propertyCommands
 from colotx.errors import ConfigError, QmpError, StorageError
 from colotx.interfaces import ColoMode, RunState
 from colotx.qmp import Command, JsonObject, QmpServerFactory
@@ -51,7 +52,7 @@ class ColoStatus:
     reason: str
 
 
-class ColoNode(Protocol):
+class ColoNode(CompareProperties, Protocol):
     """
     What the control socket needs of a daemon. Methods that return C{object} return C{None}, a value, a Deferred
     or a coroutine; they have time limits of their own, and raise L{colotx.errors.ColoError} when they refuse.
@@ -100,6 +101,9 @@ class ColoNode(Protocol):
 
     def describeStatistics(self) -> Mapping[str, object]:
         """C{query-colotx-stats}."""
+
+    def describeEvidence(self) -> Mapping[str, object]:
+        """C{query-colotx-evidence}: what the VMs of an active pair said differently. Raises L{GuestError}."""
 
 
 def commandTable(node: ColoNode) -> dict[str, Command]:
@@ -153,6 +157,8 @@ def commandTable(node: ColoNode) -> dict[str, Command]:
         "quit": Command(node.quit),
         "query-colotx-status": Command(node.describeStatus),
         "query-colotx-stats": Command(node.describeStatistics),
+        "query-colotx-evidence": Command(node.describeEvidence),
+        **propertyCommands(node),
     }
 
 

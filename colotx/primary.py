@@ -18,10 +18,13 @@ from twisted.internet.task import deferLater
 from colotx.announce import AddressTable, Announcer
 from colotx.checkpoint import PrimaryProcess
 from colotx.errors import ColoError, GuestError, GuestLost, PeerLost
+from colotx.evidence import Evidence
 from colotx.gate import OutputGate
 from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
+from colotx.lockstep import LockstepGate
 from colotx.ports import parseOutside
+from colotx.relay import Inlet, PrimaryRelay
 from colotx.replication import NoReplication
 from colotx.role import ControlMessage, PeerResync, ProtectedRole, Surroundings
 from colotx.spool import BufferPool, Spool
@@ -51,9 +54,13 @@ class PrimaryRole(ProtectedRole):
         settings = around.settings
         super().__init__(around)
         self.guest = guest
+        parameters = around.parameters
         self.outside = parseOutside(settings.outside)(around.reactor)
-        self.trigger = CheckpointTrigger(around.reactor, around.parameters.checkpointDelay)
-        self.gate = OutputGate(self.outside.send, self.trigger.notify, self._throttle)
+        self.trigger = CheckpointTrigger(
+            around.reactor, parameters.checkpointDelay, parameters.checkpointFloor
+        )
+        self.gate = self._newGate()
+        self.inlet = Inlet(self.outside, guest.port)
         self.addresses = addresses or AddressTable()
         self.replication = NoReplication()
         self.launched = False
@@ -63,7 +70,19 @@ class PrimaryRole(ProtectedRole):
         guest.onLost = self._guestLost
         guest.onCheckpointWanted = self.trigger.notify
         guest.port.receiver = self._fromGuest
-        self.outside.receiver = self._fromOutside
+        self.outside.receiver = self.inlet.take
+
+    def _newGate(self) -> OutputGate:
+        around = self._around
+        if around.settings.secondary == "passive":
+            return OutputGate(self.outside.send, self.trigger.notify, self._throttle)
+        return LockstepGate(
+            around.monotonic,
+            self.outside.send,
+            self.trigger.notify,
+            self._throttle,
+            around.parameters.compare,
+        )
 
     # -- beginning and end
 
@@ -142,7 +161,19 @@ class PrimaryRole(ProtectedRole):
             "released-frames": statistics.released,
             "throttled": statistics.throttled,
             "early-checkpoints": self.trigger.early,
+            "deferred-checkpoints": self.trigger.deferred,
+            **({"compare": self.gate.describe()} if isinstance(self.gate, LockstepGate) else {}),
         }
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """Of what the secondary said otherwise; None: its kind says nothing."""
+        return self.gate.evidence if isinstance(self.gate, LockstepGate) else None
+
+    def limitsChanged(self) -> None:
+        """An operator set the comparer's."""
+        if isinstance(self.gate, LockstepGate):
+            self.gate.compareLimits = self._around.parameters.compare
 
     # -- frames
 
@@ -150,9 +181,6 @@ class PrimaryRole(ProtectedRole):
         if self.addresses.observe(frames):
             self._tellAddresses()
         self.gate.hold(frames)
-
-    def _fromOutside(self, frames: Sequence[bytes]) -> None:
-        self.guest.port.send(frames)
 
     def _throttle(self, on: bool) -> None:
         if on:
@@ -269,7 +297,9 @@ class PrimaryRole(ProtectedRole):
             self.failover,
             self.trigger,
             self._around.statistics,
-            lambda: Spool(self._pool, settings.spillDir),
+            # An active secondary's VM must run again before the primary's does.
+            (lambda: Spool(self._pool, settings.spillDir)) if session.frames is None else None,
+            relay=self._newRelay(session),
             trace=settings.trace,
             onExposed=self._exposed,
             onCommitted=self._committed,
@@ -285,6 +315,11 @@ class PrimaryRole(ProtectedRole):
             "the guest runs on here, unprotected",
         )
         await process.run(session.colo)
+
+    def _newRelay(self, session: Any) -> PrimaryRelay | None:
+        if not isinstance(self.gate, LockstepGate):
+            return None
+        return PrimaryRelay(self._around.reactor, session.frames, self.inlet, self.gate)
 
     async def _untilDead(self, session: Any) -> None:
         """A guest that dies fails what is under way before it is known to be dead; dead is what the peer must hear."""

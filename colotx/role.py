@@ -5,8 +5,9 @@ session ends.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -15,6 +16,7 @@ from twisted.python.failure import Failure
 
 from colotx.certificates import Credentials
 from colotx.checkpoint import FailoverRequested
+from colotx.compare import CompareLimits
 from colotx.errors import ColoError, PeerError, PeerLost, PeerTimeout
 from colotx.failover import FailoverCause, FailoverService
 from colotx.interfaces import ColoMode, Grant
@@ -30,9 +32,13 @@ class Parameters:
     What can be changed at run time.
 
     @ivar checkpointDelay: x-checkpoint-delay, ms.
+    @ivar checkpointFloor: ms the guest runs at least between two checkpoints.
+    @ivar compare: the comparer's bounds.
     """
 
     checkpointDelay: int
+    checkpointFloor: int = 0
+    compare: CompareLimits = field(default_factory=CompareLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Surroundings:
     @ivar instance: UUID of this run of the daemon.
     @ivar hangUp: makes the link dial no more: there is no guest to protect.
     @ivar emit: sends a QMP event (name, data) to the clients of the control socket.
+    @ivar monotonic: seconds of a clock that nobody sets.
     """
 
     reactor: Any
@@ -60,6 +67,7 @@ class Surroundings:
     statistics: CheckpointStatistics
     hangUp: Callable[[], None]
     emit: Callable[[str, dict[str, object]], None]
+    monotonic: Callable[[], float] = time.monotonic
 
     async def obtainGrant(self, cause: FailoverCause) -> Grant | None:
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,9 +21,11 @@ from twisted.python.failure import Failure
 
 from colotx.announce import AddressTable
 from colotx.certificates import Credentials, localCredentials
+from colotx.compare import CompareLimits
 from colotx.control import ColoStatus, ControlService, defaultControlPath
 from colotx.errors import ColoError, GuestError, HelloRefused
 from colotx.failover import FailoverCause, FailoverStatus
+from colotx.frames import FrameChannel
 from colotx.guests import createFactory
 from colotx.hello import Hello
 from colotx.interfaces import ColoMode, Grant, RunState
@@ -71,7 +74,15 @@ class ColoService(MultiService):
         self._around = Surroundings(
             reactor=reactor,
             settings=settings,
-            parameters=Parameters(settings.checkpointDelay),
+            parameters=Parameters(
+                settings.checkpointDelay,
+                settings.checkpointFloor,
+                CompareLimits(
+                    compareTimeout=settings.compareTimeout,
+                    expiredScanCycle=settings.expiredScanCycle,
+                    maxQueueSize=settings.maxQueueSize,
+                ),
+            ),
             store=StateStore(stateDir),
             witness=PolicyWitness(settings.onLostPeer),
             factory=createFactory(settings, reactor, stateDir, f"{control}.d"),
@@ -180,6 +191,7 @@ class ColoService(MultiService):
             instance=self._around.instance,
             epoch=self._around.store.current.epoch,
             secondary=self._settings.secondary,  # type: ignore[arg-type]  # checked by settings
+            frames=self._settings.secondary == "active",
         )
 
     def judge(self, peer: Hello) -> str | None:
@@ -190,9 +202,9 @@ class ColoService(MultiService):
         """See L{colotx.link.LinkOwner}."""
         return ColoConnection(self._reactor)
 
-    def buildFrames(self) -> Any:
-        """See L{colotx.link.LinkOwner}; a passive secondary needs no frames."""
-        raise NotImplementedError("no role asks for a frames channel")
+    def buildFrames(self) -> FrameChannel:
+        """See L{colotx.link.LinkOwner}."""
+        return FrameChannel()
 
     def sessionEstablished(self, session: Session) -> None:
         """See L{colotx.link.LinkOwner}."""
@@ -267,6 +279,22 @@ class ColoService(MultiService):
         if isinstance(self.role, PrimaryRole):
             self.role.trigger.delay = milliseconds
 
+    def properties(self) -> dict[str, object]:
+        """See L{colotx.control.ColoNode}."""
+        compare = self._around.parameters.compare
+        return {
+            "compare_timeout": compare.compareTimeout,
+            "expired_scan_cycle": compare.expiredScanCycle,
+            "max_queue_size": compare.maxQueueSize,
+        }
+
+    def setLimit(self, name: str, value: int) -> None:
+        """See L{colotx.control.ColoNode}."""
+        parameters = self._around.parameters
+        parameters.compare = replace(parameters.compare, **{name: value})
+        if isinstance(self.role, PrimaryRole):
+            self.role.limitsChanged()
+
     def doCheckpoint(self) -> None:
         """See L{colotx.control.ColoNode}."""
         if not isinstance(self.role, PrimaryRole) or self.role.mode is not ColoMode.PRIMARY:
@@ -330,6 +358,13 @@ class ColoService(MultiService):
             **self.role.describe(),
             "last-failover": self._lastFailover,
         }
+
+    def describeEvidence(self) -> dict[str, object]:
+        """See L{colotx.control.ColoNode}."""
+        evidence = self.role.evidence if isinstance(self.role, PrimaryRole) else None
+        if evidence is None:
+            raise GuestError("nothing is compared here: only the primary of an active secondary compares")
+        return evidence.describe()
 
     def _emit(self, event: str, data: dict[str, object]) -> None:
         if event == "COLO_EXIT":

@@ -161,6 +161,7 @@ class Side:
             statistics=CheckpointStatistics(),
             hangUp=lambda: setattr(self, "hungUp", True),
             emit=lambda event, data: self.events.append((event, data)),
+            monotonic=self.clock.seconds,
         )
         self.role: PrimaryRole | SecondaryRole
         if role == "primary":
@@ -200,7 +201,7 @@ class Side:
     def say(self, frame: bytes) -> None:
         """The guest's NIC sends this, if a guest runs here."""
         if isinstance(self.role, PrimaryRole) and self.role.runState is RunState.RUNNING:
-            self.role.guest.port.deliver([frame])
+            self.role.guest.port.receiver([frame])
 
     @property
     def speaks(self) -> bool:

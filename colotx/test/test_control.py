@@ -67,6 +67,15 @@ class FakeNode:
             "held-frames": 4,
         }
 
+    def properties(self) -> dict[str, object]:
+        return {"compare_timeout": 3000}
+
+    def setLimit(self, name: str, value: int) -> None:
+        self.calls.append(("setLimit", name, value))
+
+    def describeEvidence(self) -> dict[str, object]:
+        return {"reasons": {"content": 1}}
+
     def coloStatus(self) -> ColoStatus:
         return self.status
 
