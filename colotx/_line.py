@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, maybeDeferred, succeed
@@ -154,6 +155,10 @@ class Line:
         self._connecting.cancel()
         listening, self._listening = self._listening, None
         if listening is not None:
+            # A port that finds its path removed by somebody else would never finish closing.
+            if isinstance(self._endpoint.place, str):
+                with suppress(OSError):
+                    Path(self._endpoint.place).touch()
             await maybeDeferred(listening.stopListening)
         if self._connection is not None:
             gone = self._connection.gone

@@ -5,10 +5,9 @@ Records of both guests come in on two lines, what may leave goes out on a third,
 on a fourth (C{net/colo-compare.c} in QEMU). The judging is L{colotx.compare}'s.
 
 Nothing of the primary is dropped, and nothing grows without bound: with L{HELD_LIMIT} bytes held for one reason or
-another, C{primary_in} is not read any more. That is the last resort and no everyday flow control, because QEMU's filters
-block their whole QEMU when nobody reads (C{qemu_chr_fe_write_all}): it could then neither take the checkpoint nor read
-C{outdev}. So a slow reader of C{outdev}, and one that is away, is waited for with the inputs
-still being read.
+another, C{primary_in} is not read any more. That is the last resort and no everyday flow control, because QEMU's
+filters block their whole QEMU when nobody reads (C{qemu_chr_fe_write_all}): it could then neither take the checkpoint
+nor read C{outdev}. So a slow reader of C{outdev}, and one that is away, is waited for with the inputs still being read.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ its own."""
         _row("heartbeatInterval", "time between heartbeats, ms"),
         _row("heartbeatLimit", "silence after which the peer is lost, ms"),
         _row("checkpointDelay", "x-checkpoint-delay: time between two checkpoints, ms"),
+        _row("checkpointFloor", "time the guest runs at least between two checkpoints, ms"),
         _row("secondary", "kind of secondary: passive keeps a RAM image"),
         _row("guest", "memory: a small embedded guest; qemu: a virtual machine"),
         _row("qemuBinary", "the QEMU to start"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from twisted.application.service import IService
 
+from colotx.comparedaemon import CompareDaemon
 from colotx.comparesettings import CompareSettings
 from colotx.errors import ColoError
 from colotx.options import Options
@@ -34,8 +35,6 @@ def makeService(options: Options, reactor: Any = None) -> IService:
 
     settings = options.settings
     if isinstance(settings, CompareSettings):
-        from colotx.comparedaemon import CompareDaemon
-
         return CompareDaemon(settings, reactor, quit)
     try:
         return ColoService(settings, reactor, quit)
