@@ -248,6 +248,14 @@ class TranslatorTests(SynchronousTestCase):
         self.assertEqual(echo[1], pair.secondaryTime + 15)
         self.assertEqual(self.translator.statistics.raised, 1)
 
+    def test_checksumOfZero(self):
+        """It has two forms in one's complement; RFC 1624 wants the one that a sum anew gives."""
+        pair = self.pair()
+        pair.accept()
+        plain = frame("v4", True, seq=pair.primary + 1, data=b"\0\0")
+        out = pair.out(seq=pair.secondary + 1, data=plain[50:52])
+        self.assertEqual(read(out).chksum, 0)
+
     def test_wrongChecksumStaysWrong(self):
         pair = self.pair()
         pair.accept()
