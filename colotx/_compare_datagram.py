@@ -45,10 +45,11 @@ class DatagramFlow:
 
     def advance(self, leaving: list[bytes]) -> Difference | None:
         """As L{colotx._compare_tcp.TcpFlow.advance}."""
-        waiting = self.waiting
+        waiting, theirs = self.waiting, self.theirs
         while waiting:
-            verdict = self.judge(waiting[0])
-            if verdict is not True:
+            if theirs and theirs[0][0] == waiting[0][3]:
+                theirs.popleft()  # the common case of judge()
+            elif (verdict := self.judge(waiting[0])) is not True:
                 if not verdict:
                     return None
                 self.stuck = True

@@ -249,10 +249,11 @@ class TcpFlow:
         if self._end is None or (end - self._end) & MASK < HALF:
             self._end = end
 
-    def prune(self) -> int:
+    def prune(self, history: int = _HISTORY_SEGMENTS) -> int:
         """
         Forget the secondary's bytes that were judged, but for the last ones.
 
+        @param history: how many segments of them are kept.
         @return: how many of its segments the primary has not said yet.
         """
         reached, theirs = self.reached, self.theirs
@@ -261,7 +262,7 @@ class TcpFlow:
         kept = 0
         for count, seq in enumerate(reversed(judged)):
             kept += len(theirs[seq])
-            if count >= _HISTORY_SEGMENTS or kept > _HISTORY_BYTES:
+            if count >= history or kept > _HISTORY_BYTES:
                 del theirs[seq]
         self.room = len(theirs) + _HISTORY_SEGMENTS
         return ahead

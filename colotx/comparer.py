@@ -20,6 +20,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from itertools import count
 from operator import itemgetter
 from typing import Any
 
@@ -93,7 +94,7 @@ class Comparer:
         self.limits = limits or CompareLimits()
         self.evidence = evidence or Evidence()
         self.statistics = CompareStatistics()
-        self._arrivals = 0
+        self._number = count(1).__next__  # of arrival, of those that wait
         self._forgetAll()
 
     def _forgetAll(self) -> None:
@@ -119,6 +120,7 @@ class Comparer:
         now = self._clock()
         start4, body4, body6 = ETHERNET_HEADER + offset, _IPV4_BODY + offset, _IPV6_BODY + offset
         connections, datagrams = self._tcp, self._datagrams
+        blocked, retry, number, queue = self._waiting, self._retry, self._number, self.limits.maxQueueSize
         leaving: list[bytes] = []
         release = leaving.append
         for frame in frames:
@@ -137,31 +139,44 @@ class Comparer:
             if protocol == TCP:
                 flow = connections.get(key)
                 if flow is not None and flags & CONTROL == ACK and (head := body + _SIZES[size]) <= end:
-                    if not flow.waiting and (
-                        ack == flow.ack or (flow.ack is not None and (flow.ack - ack) & MASK < HALF)
-                    ):
-                        if head == end:
-                            release(frame)
-                            continue
-                        if flow.theirs.get(seq) == frame[head:end]:
-                            flow.reached = seq
-                            flow.seen = now
-                            release(frame)
-                            continue
-                    self._hold(flow, (self._number(), now, (frame,), seq, ack, flags, frame[head:end]))
+                    payload = frame[head:end]
+                    waiting = flow.waiting
+                    if not waiting:
+                        if ack == flow.ack or (flow.ack is not None and (flow.ack - ack) & MASK < HALF):
+                            if not payload:
+                                release(frame)
+                                continue
+                            if flow.theirs.get(seq) == payload:
+                                flow.reached = seq
+                                flow.seen = now
+                                release(frame)
+                                continue
+                        blocked[flow] = retry[flow] = None
+                    waiting.append((number(), now, (frame,), seq, ack, flags, payload))
+                    if len(waiting) > queue:
+                        self._askFull(flow)
                     continue
             elif protocol == UDP:
                 other = datagrams.get(key)
-                if other is not None and not other.waiting and end <= len(frame):
-                    theirs = other.theirs
-                    if theirs and theirs[0][0] == frame[body:end]:
-                        theirs.popleft()
-                        other.seen = now
-                        release(frame)
-                        continue
+                if other is not None and end <= len(frame):
+                    content = frame[body:end]
+                    queued = other.waiting
+                    if not queued:
+                        theirs = other.theirs
+                        if theirs and theirs[0][0] == content:
+                            theirs.popleft()
+                            other.seen = now
+                            release(frame)
+                            continue
+                        blocked[other] = retry[other] = None
+                    queued.append((number(), now, (frame,), content))
+                    if len(queued) > queue:
+                        self._askFull(other)
+                    continue
             self._holdAny(frame, offset, now)
         self.statistics.primary += len(frames)
-        self._finish(leaving)
+        self.statistics.held += len(frames) - len(leaving)
+        self._finish(frames, leaving)
 
     def secondary(self, frames: Sequence[bytes], offset: int = 0) -> None:
         """
@@ -173,7 +188,7 @@ class Comparer:
         self._kept += sum(map(len, frames))
         if self._kept > self.limits.maxSecondaryBytes and not self._spare():
             self.statistics.forgotten += len(frames)
-            self._finish([])
+            self._finish((), [])
             return
         now = self._clock()
         start4, body4, body6 = ETHERNET_HEADER + offset, _IPV4_BODY + offset, _IPV6_BODY + offset
@@ -216,7 +231,7 @@ class Comparer:
                         retry[other] = None
                     continue
             self._learnAny(frame, offset, now)
-        self._finish([])
+        self._finish((), [])
 
     def scan(self) -> None:
         """
@@ -227,7 +242,7 @@ class Comparer:
         limits = self.limits
         late = now - limits.compareTimeout / 1000
         self._retry.update(self._waiting)
-        self._finish([])
+        self._finish((), [])
         for flow in self._waiting:
             if not flow.asked and flow.waiting[0][1] <= late:
                 self._ask(flow, flow.lacking(flow.waiting[0]))  # type: ignore[arg-type]
@@ -238,7 +253,7 @@ class Comparer:
         for other in self._datagrams.values():
             other.expire(late)
         self._sweep(now - limits.idle / 1000)
-        self._finish([])
+        self._finish((), [])
 
     def flush(self) -> list[bytes]:
         """
@@ -284,23 +299,18 @@ class Comparer:
 
     def _holdFragment(self, frame: bytes, layers: Layers, flow: Flow, number: int, now: float) -> None:
         if len(self._ours.incomplete) >= self.limits.maxDatagrams:
-            self._count(1, len(frame))
             self._unjudged.append((number, (frame,)))
             self._askForAll("queue-full", "too many incomplete datagrams")
             return
         data = frame[layers.body : layers.end]
         whole = self._ours.add(frame, flow, fragmentOf(frame, layers), data, number, now)
-        if whole is None:
-            self._count(1, len(frame))
-            return
-        pieces, body = whole
-        self._count(1 - len(pieces.frames), len(frame) - sum(map(len, pieces.frames)))
-        self._holdMessage(reassembled(flow, body), tuple(pieces.frames), pieces.number, now)
+        if whole is not None:
+            pieces, body = whole
+            self._holdMessage(reassembled(flow, body), tuple(pieces.frames), pieces.number, now)
 
     def _holdMessage(self, message: Message, frames: tuple[bytes, ...], number: int, now: float) -> None:
         flow = self._flowOf(message, now)
         if flow is None:
-            self._count(len(frames), sum(map(len, frames)))
             self._unjudged.append((number, frames))
         elif isinstance(flow, TcpFlow):
             self._hold(flow, (number, now, frames, *(message.segment or ())))
@@ -380,7 +390,7 @@ class Comparer:
         """Forget what was judged. @return: whether more of the secondary may be kept."""
         if not self._deaf:
             for flow in self._tcp.values():
-                flow.prune()
+                flow.prune(history=0)
             self._kept = sum(sum(map(len, flow.theirs.values())) for flow in self._tcp.values())
             self._kept += sum(len(said) for flow in self._datagrams.values() for said, _ in flow.theirs)
             if self._kept > self.limits.maxSecondaryBytes // 2:
@@ -388,25 +398,14 @@ class Comparer:
                 self._askForAll("memory-full", "the secondary said too much")
         return not self._deaf
 
-    def _number(self) -> int:
-        self._arrivals += 1
-        return self._arrivals
-
     def _hold(self, flow: AnyFlow, item: tuple[Any, ...]) -> None:
         """A message of the primary waits, or is judged at the end of this batch."""
         waiting = flow.waiting
         if not waiting:
             self._waiting[flow] = self._retry[flow] = None
         waiting.append(item)
-        frames = item[2]
-        flow.seen = item[1]
-        self._count(len(frames), sum(map(len, frames)))
         if len(waiting) > self.limits.maxQueueSize:
-            self._ask(flow, Difference("queue-full", None, b"", b"", "the secondary said too little"))
-
-    def _count(self, frames: int, size: int) -> None:
-        self.heldFrames += frames
-        self.heldBytes += size
+            self._askFull(flow)
 
     def _advance(self, leaving: list[bytes]) -> None:
         """Judge again what waits in flows for which something came."""
@@ -420,12 +419,13 @@ class Comparer:
                 del self._waiting[flow]
         self._retry.clear()
 
-    def _finish(self, leaving: list[bytes]) -> None:
-        """The end of a batch."""
+    def _finish(self, frames: Sequence[bytes], leaving: list[bytes]) -> None:
+        """The end of a batch. @param frames: the primary's that came in it."""
         if self._retry:
-            before = len(leaving)
             self._advance(leaving)
-            self._count(before - len(leaving), -sum(map(len, leaving[before:])))
+        if self.heldFrames or len(frames) != len(leaving):
+            self.heldFrames += len(frames) - len(leaving)
+            self.heldBytes += sum(map(len, frames)) - sum(map(len, leaving))
         if self.heldBytes > self.limits.maxHeldBytes:
             self._askForAll("memory-full", f"{self.heldBytes} bytes of output wait")
         if leaving:
@@ -435,6 +435,9 @@ class Comparer:
             asks, self._asks = self._asks, []
             for reason in asks:
                 self._wantCheckpoint(reason)
+
+    def _askFull(self, flow: AnyFlow) -> None:
+        self._ask(flow, Difference("queue-full", None, b"", b"", "the secondary said too little"))
 
     def _ask(self, flow: AnyFlow, difference: Difference) -> None:
         if not flow.asked:

@@ -157,7 +157,9 @@ def _binaryTimes(ours: bytes, theirs: bytes) -> bool:
     if wrong is None:
         return False
     for first in range(max(0, wrong - 3), wrong + 1):
-        if first + 4 > min(len(ours), len(theirs)):
+        if first + 4 > min(len(ours), len(theirs)) or all(
+            0x20 <= byte < 0x7F for byte in ours[first : first + 4]
+        ):
             break
         for order in ("big", "little"):
             a = int.from_bytes(ours[first : first + 4], order)  # type: ignore[arg-type]
