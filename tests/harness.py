@@ -20,14 +20,15 @@ def needPrivileges() -> None:
         raise SkipTest("network namespaces need root: run the acceptance tests as root")
 
 
-def needQemuGuest(patternBytes: int = 512 << 10) -> GuestChoice:
+def needQemuGuest(patternBytes: int = 512 << 10, firstTcp: bool = True) -> GuestChoice:
     """
     @param patternBytes: how much memory the guest checks.
+    @param firstTcp: see L{colotx.lab.guestimage.kernelArguments}.
     @return: the checking Linux guest.
     @raise SkipTest: a part of it is missing.
     """
     try:
-        return qemuGuest(patternBytes=patternBytes)
+        return qemuGuest(patternBytes=patternBytes, firstTcp=firstTcp)
     except ConfigError as error:
         raise SkipTest(str(error)) from None
 

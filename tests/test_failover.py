@@ -1,46 +1,19 @@
 """
 Kill the primary at random moments; nobody may lose, or see twice, a byte.
 
-Each round is a pair of real daemons in namespaces of their own, a guest, and clients that check every byte that comes
-back. C{COLOTX_KILLS} sets how many rounds with a QEMU guest there are, C{COLOTX_SEED} repeats a run's random choices.
+C{COLOTX_KILLS} sets how many rounds with a QEMU guest there are.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
-import random
-import re
-import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from twisted.internet import reactor
-from twisted.trial.unittest import TestCase
-
-from colotx.errors import ColoError
-from colotx.lab.client import TrafficSettings, isClean
-from colotx.lab.namespaces import GUEST_ADDRESS
-from colotx.lab.pair import FAILOVER_LIMIT, GuestChoice, PairSettings, ProtectedPair, memoryGuest
-from colotx.lab.processes import ClientProcess, LabError
-from colotx.lab.report import RoundResult, line, summary, table
+from colotx.lab.pair import memoryGuest
 from tests.harness import asynchronous, needPrivileges, needQemuGuest
+from tests.kills import KillCase
 
-SEED = int(os.environ.get("COLOTX_SEED") or random.randrange(1 << 20))
 KILLS = int(os.environ.get("COLOTX_KILLS") or 20)
 MEMORY_KILLS = 5
-
-_WARM_UP = (0.2, 1.5)
-"""Seconds between which the kill comes at random after the client's first byte; then a moment within a checkpoint."""
-_DELAYS = (50, 20)
-"""ms between checkpoints: the usual, and so few that many kills come within one."""
-_BOOT_DELAY = 1000
-"""ms between checkpoints until the guest is up: an emulated guest boots slowly enough without many of them."""
-_AFTER = 0.5
-"""Seconds of a new client's traffic after the failover; and then as long as a memory check takes."""
-_CHECKS_LIMIT = 60.0
-_ADDRESS = GUEST_ADDRESS.partition("/")[0]
 
 
 def shares(kills: int) -> dict[str, int]:
@@ -49,145 +22,7 @@ def shares(kills: int) -> dict[str, int]:
     return {"host": max(kills - 3 * few, 0), "qemu": few, "daemon": few, "link": few}
 
 
-class Round:
-    """
-    One pair, one kill.
-
-    @ivar result: what was found.
-    """
-
-    def __init__(self, pair: ProtectedPair, guest: GuestChoice, result: RoundResult, chance: random.Random):
-        self._delay = _DELAYS[result.number % len(_DELAYS)]
-        self._pair = pair
-        self._guest = guest
-        self._chance = chance
-        self.result = result
-
-    async def run(self) -> None:
-        """@raise LabError: something that is not the client's finding."""
-        pair, result = self._pair, self.result
-        await pair.start()
-        await self._memoryChecked("primary")
-        await pair.daemons["primary"].query("migrate-set-parameters", **{"x-checkpoint-delay": self._delay})
-        await pair.client.start(self._traffic(4))
-        await self._warmUp()
-        killed = pair.kill(result.kill)
-        pair.client.mark(killed)
-        await pair.until("the secondary did not go live", FAILOVER_LIMIT, pair.failedOver)
-        result.failover_ms = round((time.monotonic() - killed) * 1000, 1)
-        told = [when for _, _, when in pair.daemons["secondary"].events if when >= killed]
-        result.detection_ms = round((told[0] - killed) * 1000, 1) if told else None
-        newcomer = await self._newcomer()
-        report = await pair.client.finish(60)
-        result.take(report)
-        result.problem = result.problem or await self._problem(report, newcomer)
-
-    async def _warmUp(self) -> None:
-        pair = self._pair
-        await pair.pause(self._chance.uniform(*_WARM_UP))
-        if await pair.failedOver():
-            raise LabError("the secondary took over before anything was broken (is this machine very busy?)")
-        statistics = await pair.daemons["primary"].query("query-colotx-stats")
-        self.result.checkpoints = int(statistics["checkpoints"])
-        downtime = statistics["phases-ms"]["downtime"]
-        self.result.downtime_p50, self.result.downtime_p99 = downtime["p50"], downtime["p99"]
-        # The answer to a query comes between two checkpoints: move away from there.
-        await pair.pause(self._chance.uniform(0, 0.1))
-
-    async def _newcomer(self) -> Mapping[str, Any]:
-        """
-        A client that connects after the failover and asks the memory check at its beginning and its end.
-
-        @return: its report.
-        """
-        client = ClientProcess(reactor, self._pair.lab.client, self._pair.directory / "newcomer")
-        try:
-            await client.start(self._traffic(1))
-            await self._pair.pause(_AFTER)
-            await self._memoryChecked("secondary")
-            return await client.finish(60)
-        finally:
-            await client.stop()
-
-    async def _memoryChecked(self, role: str) -> None:
-        """Wait until the guest on this host has checked its memory once more, as its console says."""
-        if not self._guest.verdictPort:
-            return
-        console = self._pair.directory / role / "serial.log"
-
-        def checks() -> int:
-            return len(re.findall(rb"colotx: \d+ ", console.read_bytes())) if console.exists() else 0
-
-        wanted = checks() + 1
-
-        async def checked() -> bool:
-            return checks() >= wanted
-
-        await self._pair.until("the guest does not check its memory", _CHECKS_LIMIT, checked)
-
-    def _traffic(self, connections: int) -> TrafficSettings:
-        return TrafficSettings(
-            host=_ADDRESS,
-            connections=connections,
-            seed=self._chance.randrange(1 << 20),
-            verdictPort=self._guest.verdictPort,
-        )
-
-    async def _problem(self, report: Mapping[str, Any], newcomer: Mapping[str, Any]) -> str | None:
-        """@return: what is wrong though no client lost a byte, or None."""
-        if report["outage_ms"] is None:
-            return "no outage was recorded"
-        if not isClean(newcomer):
-            return f"a client that came after the failover found {newcomer}"
-        if self._guest.verdictPort:
-            # Each is "<round> ok" (the client judged that): before the kill, and twice after it.
-            words = [report["memory_check"][0], *newcomer["memory_check"]]
-            before, first, last = (int(word.split()[0]) for word in words)
-            if not before <= first < last:
-                return f"the guest's memory check does not go on: {words}"
-        if self.result.kill == "link":
-            # Both hosts live, and one of them must hold what its guest says.
-            gate = (await self._pair.daemons["primary"].query("query-colotx-stats"))["gate"]
-            if gate != "shut":
-                return f"both hosts let a guest speak: the primary's gate is {gate}"
-        return None
-
-
-class _Kills(TestCase):
-    """The rounds of one kind of kill; not tests themselves."""
-
-    timeout = 900
-
-    async def kills(self, guest: GuestChoice, kill: str, rounds: int) -> None:
-        """Run the rounds, print what was found, fail if it is not what it must be."""
-        chance = random.Random(f"{SEED} {guest.keys['guest']} {kill}")
-        results = []
-        logs = Path(self.mktemp()).absolute()
-        for number in range(1, rounds + 1):
-            result = RoundResult(number, kill, logs=str(logs / str(number)))
-            results.append(result)
-            settings = PairSettings(guest, _BOOT_DELAY)
-            async with ProtectedPair(reactor, Path(str(result.logs)), settings) as pair:
-                # Ctrl-C ends trial without our clauses; closing twice is harmless.
-                atexit.register(pair.lab.close)
-                try:
-                    await Round(pair, guest, result, chance).run()
-                except ColoError as error:
-                    result.problem = f"{error}; {await pair.describe()}"
-        found = summary(results)
-        print(
-            f"\n{guest.keys['guest']} guest, kill {kill}, COLOTX_SEED={SEED}\n{table(results)}\n{line(found)}"
-        )
-        problems = [f"round {one.number}: {one.problem} ({one.logs})" for one in results if one.problem]
-        self.assertEqual(problems, [])
-        self.assertEqual(found["bytes_lost"], 0)
-        self.assertEqual(found["bytes_doubled"], 0)
-        self.assertEqual(found["bytes_corrupted"], 0)
-        self.assertEqual(found["connections_lost"], 0)
-        self.assertTrue(all(one.outage_ms and one.sent for one in results), "nothing was measured")
-
-
-class QemuKillTests(_Kills):
+class QemuKillTests(KillCase):
     """A Linux guest in QEMU that checks its own memory."""
 
     def setUp(self) -> None:
@@ -215,10 +50,11 @@ class QemuKillTests(_Kills):
         await self.kills(self.guest, "link", shares(KILLS)["link"])
 
 
-class MemoryKillTests(_Kills):
+class MemoryKillTests(KillCase):
     """The embedded guest, which lives in its daemon."""
 
     @asynchronous
     async def test_host(self) -> None:
+        """Daemon and guest die together."""
         needPrivileges()
         await self.kills(memoryGuest(), "host", MEMORY_KILLS)

@@ -42,7 +42,7 @@ _DELAYS = {"passive": 50, "active": 5000}
 ms between checkpoints. With an active secondary output does not wait for them; they are so far apart that every kill
 finds connections younger than the last one, which only lock-stepping can save.
 """
-_NEVER = 24 * 3600 * 1000
+NEVER = 24 * 3600 * 1000
 """ms: no checkpoint by the clock in any round."""
 _CONNECTIONS = 6
 _NEWCOMERS = 12
@@ -226,7 +226,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
             "--first-connection-late needs --secondary active: a passive one knows no such connection"
         )
     if options.checkpoint_delay is None:
-        options.checkpoint_delay = _NEVER if options.first_connection_late else _DELAYS[options.secondary]
+        options.checkpoint_delay = NEVER if options.first_connection_late else _DELAYS[options.secondary]
     if options.rounds < 1 or options.checkpoint_delay < 1:
         parser.error("--rounds and --checkpoint-delay must be at least 1")
     return options

@@ -67,10 +67,15 @@ class GuestChoice:
     address6: str = ""
     console: str = ""
 
+    @property
+    def host(self) -> str:
+        """Its IPv4 address."""
+        return GUEST_ADDRESS.partition("/")[0]
+
     def traffic(self, connections: int, seed: int) -> TrafficSettings:
         """@return: all it can be asked for."""
         return TrafficSettings(
-            host=GUEST_ADDRESS.partition("/")[0],
+            host=self.host,
             host6=self.address6.partition("/")[0],
             kinds=self.kinds,
             connections=connections,
@@ -182,14 +187,30 @@ class ProtectedPair:
         @param guestFirst: the secondary's only when the guest serves: it boots faster alone.
         @raise LabError: it is not, in L{PROTECTED_LIMIT}, or a daemon ended.
         """
-        primary, secondary = self.daemons.values()
         if guestFirst:
-            primary.start()
-            await self.until("the guest does not serve", PROTECTED_LIMIT, self.isServing)
-            secondary.start()
+            await self.serve()
         else:
-            secondary.start()
-            primary.start()
+            self.daemons["secondary"].start()
+            self.daemons["primary"].start()
+        await self.protect()
+
+    async def serve(self) -> None:
+        """
+        Start the primary alone, and wait until its guest serves.
+
+        @raise LabError: it does not, in L{PROTECTED_LIMIT}, or the daemon ended.
+        """
+        self.daemons["primary"].start()
+        await self.until("the guest does not serve", PROTECTED_LIMIT, self.isServing)
+
+    async def protect(self) -> None:
+        """
+        Start the secondary, if it does not run, and wait until the guest is protected.
+
+        @raise LabError: it is not, in L{PROTECTED_LIMIT}, or a daemon ended.
+        """
+        if not self.daemons["secondary"].process.pid:
+            self.daemons["secondary"].start()
         await self.until("the guest is not protected", PROTECTED_LIMIT, self.isProtected)
 
     async def isServing(self) -> bool:
