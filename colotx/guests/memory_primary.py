@@ -20,6 +20,7 @@ from colotx._portbase import BasePort
 from colotx.errors import GuestError
 from colotx.guests._machine import DESCRIPTION, Machine, MemorySettings
 from colotx.guests._nic import MTU
+from colotx.guests.translating import TranslatingPort
 from colotx.interfaces import CheckpointImage, IFramePort, IPrimaryGuest, RunState, Sink
 from colotx.vmstate import PAGE_SIZE, Pages, RamBlock, RamWriter, Zeros
 
@@ -167,6 +168,8 @@ class MemoryPrimaryGuest:
     # Run control
 
     def launch(self) -> Deferred[None]:
+        if isinstance(self.port, TranslatingPort):
+            self.port.replay()
         return self.start()
 
     def stop(self) -> Deferred[None]:

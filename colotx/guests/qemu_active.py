@@ -7,6 +7,7 @@ take its place. How such a QEMU is led is L{QemuFollower}'s; how a guest lives o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from colotx.guests.qemu_arguments import QemuSettings
 from colotx.guests.qemu_follower import QemuFollower
 from colotx.guests.qemu_nic import SwitchedPort
 from colotx.guests.qemu_primary import QemuPrimaryGuest
+from colotx.guests.translating import TranslatingPort
 from colotx.interfaces import IActiveSecondary
 from colotx.vmstate import RamEvent
 
@@ -45,7 +47,7 @@ class ActiveQemuSecondary:
         self._incoming: QemuFollower | None = None
         self._endings: list[Deferred[None]] = []
         self._over = ""
-        self.port = self._nic
+        self.port = TranslatingPort(self._nic, time.monotonic)
         self.checkpoint = 0
         self.onLost: Callable[[GuestError], None] | None = None
 
@@ -116,6 +118,7 @@ class ActiveQemuSecondary:
 
     def _forget(self) -> None:
         """The guest is about to run from what it was sent."""
+        self.port.checkpointLoaded()
 
     async def _promote(self) -> QemuPrimaryGuest:
         self._checkOpen()
@@ -132,6 +135,9 @@ class ActiveQemuSecondary:
         if current.failure is not None:
             raise FailoverError(f"the guest that stood by here cannot go on: {current.failure}")
         self._over, self._current = "promoted", None
+        # What it says until somebody hears it waits.
+        self.port.pause()
+        self.port.promoted()
         guest = QemuPrimaryGuest(self._reactor, self._settings)
         guest.inherit(current.process, self.port, current.ramBytes)
         return guest

@@ -85,7 +85,7 @@ class QemuPrimaryGuest:
         """
         C{launch} is to make the guest of this QEMU go on, a COLO secondary whose exchange was shut down.
 
-        @param port: its NIC's L{IFramePort}, open.
+        @param port: its NIC's L{TranslatingPort}, open, paused.
         @param ramBytes: its guest's RAM.
         """
         self.runState = RunState.INMIGRATE
@@ -138,6 +138,8 @@ class QemuPrimaryGuest:
     async def _launch(self) -> None:
         try:
             if self._inherited:
+                self.port.replay()
+                self.port.resume()
                 await self._untilResume(self._leaveColo(), self._settings.stopTimeout, "go on by itself")
             else:
                 await self._begin()
