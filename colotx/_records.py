@@ -40,11 +40,6 @@ class RecordSplitter:
         self._headerLength = 0
         self._rest = b""
 
-    @property
-    def unfinished(self) -> int:
-        """Bytes of a record that is not whole yet."""
-        return len(self._rest)
-
     def feed(self, data: bytes) -> None:
         """
         @param data: 64 KiB at most, or a record that is too long may be passed on.
