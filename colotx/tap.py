@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from typing import Any
 
@@ -26,8 +28,8 @@ def makeService(options: Options, reactor: Any = None) -> IService:
 
     def quit(code: int) -> None:
         if code:
-            # twistd has no other way to end with an exit code once it runs.
-            reactor.addSystemEventTrigger("after", "shutdown", sys.exit, code)
+            # twistd has no way to end with an exit code once it runs, and Twisted swallows a SystemExit of a trigger.
+            reactor.addSystemEventTrigger("after", "shutdown", atexit.register, _exit, code)
         if reactor.running:
             reactor.stop()
         else:
@@ -41,3 +43,9 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     except ColoError as error:
         # twistd shows a UsageError in one line only while it parses options; from here it would be a traceback.
         raise SystemExit(f"twistd colo: {error}") from None
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
