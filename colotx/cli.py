@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from glob import escape, glob
 from pathlib import Path
 
+from colotx._explain import explainText
 from colotx._qmp_blocking import BlockingQmp, Unreachable
 from colotx._report import statisticsText, statusText
 from colotx.control import controlDirectory
@@ -109,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
 
     asJson(addToDaemon("status", _status, "how protected the guest is, since when, why, and what to do"))
     asJson(addToDaemon("stats", _statistics, "checkpoints, bytes, phase timings, held frames, last outage"))
+    explain = addToDaemon(
+        "explain", _explain, "what the two VMs of an active pair said differently, and what that cost"
+    )
+    explain.add_argument(
+        "--last", type=int, default=10, metavar="N", help="how many to show (default: %(default)s)"
+    )
+    asJson(explain)
     addToDaemon("checkpoint", _checkpoint, "ask for a checkpoint now")
     addToDaemon(
         "failover", _failover, "let the guest go on here alone; only when the peer's host is dead for certain"
@@ -176,6 +184,13 @@ def _statistics(options: argparse.Namespace) -> int:
     with _connect(options) as qmp:
         statistics = _ask(qmp, "query-colotx-stats")
     print(json.dumps(statistics) if options.json else statisticsText(statistics))
+    return OK
+
+
+def _explain(options: argparse.Namespace) -> int:
+    with _connect(options) as qmp:
+        evidence = _ask(qmp, "query-colotx-evidence")
+    print(json.dumps(evidence) if options.json else explainText(evidence, max(0, options.last)))
     return OK
 
 

@@ -58,7 +58,7 @@ its own."""
         _row("heartbeatLimit", "silence after which the peer is lost, ms"),
         _row("checkpointDelay", "x-checkpoint-delay: time between two checkpoints, ms"),
         _row("checkpointFloor", "time the guest runs at least between two checkpoints, ms"),
-        _row("secondary", "kind of secondary: passive keeps a RAM image"),
+        _row("secondary", "passive: the secondary keeps a RAM image; active: its VM runs in lock-step"),
         _row("guest", "memory: a small embedded guest; qemu: a virtual machine"),
         _row("qemuBinary", "the QEMU to start"),
         _row(
@@ -91,9 +91,9 @@ its own."""
         _row("outdev", "compare: the same for what may leave"),
         _row("notifyDev", "compare: the same for asking for checkpoints, and being told of them"),
         _row("vnetHdrSupport", "compare: yes: frames have a virtio-net header, and its length before"),
-        _row("compareTimeout", "compare: time after which an unmatched frame asks for a checkpoint, ms"),
-        _row("expiredScanCycle", "compare: time between two searches for such frames, ms"),
-        _row("maxQueueSize", "compare: frames of a connection after which a checkpoint is asked for"),
+        _row("compareTimeout", "time after which an unmatched frame of one VM asks for a checkpoint, ms"),
+        _row("expiredScanCycle", "time between two searches for such frames, ms"),
+        _row("maxQueueSize", "frames of a connection that wait before a checkpoint is asked for"),
     ]
 
     def parseArgs(self, *arguments: str) -> None:
