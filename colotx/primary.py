@@ -20,6 +20,7 @@ from colotx.checkpoint import PrimaryProcess
 from colotx.errors import ColoError, GuestError, GuestLost, PeerLost
 from colotx.evidence import Evidence
 from colotx.gate import OutputGate
+from colotx.guests.translating import TranslatingPort
 from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
 from colotx.lockstep import LockstepGate
@@ -31,6 +32,9 @@ from colotx.spool import BufferPool, Spool
 from colotx.statistics import CheckpointRecord
 from colotx.status import Protection
 from colotx.trigger import CheckpointTrigger
+
+TRANSLATIONS = 200
+"""Entries in one message; it holds 64 KiB."""
 
 DEATH_KNELL = 0.5
 """Seconds a guest that broke its part of the exchange has to turn out dead."""
@@ -67,6 +71,7 @@ class PrimaryRole(ProtectedRole):
         self._pool = BufferPool(settings.spoolMemory)
         self._announcer: Announcer | None = None
         self._outranked = False
+        self._translations: list[dict[str, object]] = []
         guest.onLost = self._guestLost
         guest.onCheckpointWanted = self.trigger.notify
         guest.port.receiver = self._fromGuest
@@ -259,6 +264,24 @@ class PrimaryRole(ProtectedRole):
                 {"type": ControlMessage.ADDRESSES, "sightings": self.addresses.encode()}
             )
 
+    def _tellTranslations(self) -> None:
+        """What a VM that once stood by still translates, its next secondary must translate too."""
+        port = self.guest.port
+        if self._session is None or not isinstance(port, TranslatingPort):
+            return
+        entries = port.translator.export()
+        if entries == self._translations:
+            return
+        self._translations = entries
+        for start in range(0, max(1, len(entries)), TRANSLATIONS):
+            self._session.control.send(
+                {
+                    "type": ControlMessage.TRANSLATIONS,
+                    "entries": entries[start : start + TRANSLATIONS],
+                    "more": start + TRANSLATIONS < len(entries),
+                }
+            )
+
     # -- protection
 
     async def _protect(self, session: Any, before: Deferred[None]) -> None:
@@ -309,6 +332,8 @@ class PrimaryRole(ProtectedRole):
         session.colo.checkOpen()
         self.gate.open()
         self._tellAddresses()
+        self._translations = []
+        self._tellTranslations()
         self._set(
             Protection.RESYNCING,
             f"the guest's state is on its way to {session.peer.instance}",
@@ -332,6 +357,7 @@ class PrimaryRole(ProtectedRole):
         self.mode = ColoMode.PRIMARY
 
     def _committed(self, record: CheckpointRecord) -> None:
+        self._tellTranslations()
         if record.number == 0:
             self._set(
                 Protection.PROTECTED,

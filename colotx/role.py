@@ -98,6 +98,11 @@ class ControlMessage:
     """C{reason}: the secondary forgets its checkpoint: the primary may go on ungated."""
     ADDRESSES = "addresses"
     """C{sightings}: what the guest answers to, so that the survivor can announce it."""
+    TRANSLATIONS = "translations"
+    """
+    C{entries}, C{more}: connections that the primary's port translates since an earlier failover, for the secondary's
+    VM from the next checkpoint on; a list too long for one message comes in several, all but the last with C{more}.
+    """
 
 
 class PeerResync(PeerError):

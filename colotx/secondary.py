@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred, ensureDeferred
 
 from colotx.announce import AddressTable
 from colotx.checkpoint import SecondaryProcess
-from colotx.errors import ColoError, PeerLost
+from colotx.errors import ColoError, PeerLost, ProtocolError
 from colotx.failover import FailoverCause
 from colotx.hello import Hello, Role
 from colotx.interfaces import ColoMode, Grant, RunState
@@ -20,6 +20,8 @@ from colotx.relay import SecondaryRelay
 from colotx.replication import NoReplication
 from colotx.role import ControlMessage, PeerResync, ProtectedRole, Surroundings
 from colotx.status import Protection
+
+MAX_TRANSLATIONS = 1 << 16
 
 ALONE = "nothing runs here, and nothing could"
 
@@ -51,6 +53,7 @@ class SecondaryRole(ProtectedRole):
         self._superseded = False
         self._process: SecondaryProcess | None = None
         self._primary = self._checkpointOf = ""
+        self._translations: list[object] = []
 
     @property
     def loading(self) -> bool:
@@ -133,6 +136,9 @@ class SecondaryRole(ProtectedRole):
             replace(self._around.store.current, epoch=session.peer.epoch, role="secondary", protected=True)
         )
         self._session = session
+        self._translations = []
+        if self.standby.kind == "active":
+            self.standby.port.adopt([])
         self._primary = session.peer.instance
         session.control.onMessage = self._fromPeer
         self.failover = self._newFailover()
@@ -143,6 +149,8 @@ class SecondaryRole(ProtectedRole):
         kind, reason = message.get("type"), str(message.get("reason"))[:200]
         if kind == ControlMessage.ADDRESSES:
             self._learn(message.get("sightings"))
+        elif kind == ControlMessage.TRANSLATIONS:
+            self._translate(message)
         elif kind == ControlMessage.RESYNC:
             self._fail(PeerResync(f"the primary wants a new session: {reason}"))
         elif kind == ControlMessage.GUEST_LOST:
@@ -155,6 +163,22 @@ class SecondaryRole(ProtectedRole):
     def _learn(self, sightings: Any) -> None:
         try:
             self.addresses = AddressTable.decode(sightings)
+        except ColoError as error:
+            self._fail(error)
+
+    def _translate(self, message: dict[str, Any]) -> None:
+        entries = message.get("entries")
+        if self.standby.kind != "active" or not isinstance(entries, list):
+            self._fail(ProtocolError("the primary sent translations that make no sense"))
+            return
+        self._translations += entries
+        if message.get("more"):
+            if len(self._translations) > MAX_TRANSLATIONS:
+                self._fail(ProtocolError("the primary sent translations without end"))
+            return
+        translations, self._translations = self._translations, []
+        try:
+            self.standby.port.adopt(translations)
         except ColoError as error:
             self._fail(error)
 

@@ -34,15 +34,30 @@ class TranslatingPort(BasePort):
         self.translator = Translator(clock)
         self._buffer: ReplayBuffer | None = ReplayBuffer()
         self._replay: list[bytes] = []
+        self._adopting: list[object] | None = None
         self._inner = inner
         inner.receiver, inner.onLost = self._said, self._fail
 
     def __str__(self) -> str:
         return str(self._inner)
 
+    def adopt(self, entries: list[object]) -> None:
+        """
+        From the next checkpoint on the guest has connections whose primary translates them: what its
+        C{translator.export} said.
+
+        @raise ProtocolError: it is nothing of the kind.
+        """
+        Translator(lambda: 0.0).adopt(entries)
+        self._adopting = entries
+
     def checkpointLoaded(self) -> None:
         """The guest is the primary's as of now. To be called before it runs."""
-        self.translator.reset()
+        if self._adopting is None:
+            self.translator.reset()
+        else:
+            self.translator.adopt(self._adopting)
+            self._adopting = None
         if self._buffer is not None:
             self._buffer.reset()
 

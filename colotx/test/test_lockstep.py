@@ -5,8 +5,11 @@ from __future__ import annotations
 from twisted.internet.defer import fail as failed
 
 from colotx.errors import GuestError
+from colotx.guests.translating import TranslatingPort
 from colotx.interfaces import ColoMode
 from colotx.test.rolekit import RoleCase
+from colotx.test.test_translate import Pair
+from colotx.translate import Translator
 
 SAME = b"\x01" * 12 + b"\x88\xb5 both say"
 OTHER = b"\x01" * 12 + b"\x88\xb5 one says"
@@ -130,3 +133,31 @@ class FailoverTests(LockstepCase):
         self.assertSpeaks(self.a)
         self.assertIn("unprotected", self.a.why)
         self.assertIn("unprotected", self.b.why)
+
+
+class TranslationTests(LockstepCase):
+    """After a failover the new primary's port translates; so must its next secondary's."""
+
+    def test_handedOn(self) -> None:
+        entries = exported(450)
+        self.a.role.guest.port = port = TranslatingPort(self.a.role.guest.port, self.clock.seconds)
+        port.translator.adopt(entries)
+        session = self.protect()
+        self.assertEqual(session.left.said.count("translations"), 3)
+        self.assertEqual(
+            sorted(map(str, self.b.role.standby.port.translator.export())), sorted(map(str, entries))
+        )
+
+    def test_nonsense(self) -> None:
+        session = self.protect()
+        session.right.onMessage({"type": "translations", "entries": [{"flow": "zz"}], "more": False})
+        self.advance(0.01)
+        self.assertIsNotNone(session.right.error)
+
+
+def exported(count: int):
+    """What a translator says that knows so many connections."""
+    translator = Translator(lambda: 0.0)
+    for port in range(1000, 1000 + count):
+        Pair(translator, port=port).accept()
+    return translator.export()
