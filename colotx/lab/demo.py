@@ -45,6 +45,8 @@ finds connections younger than the last one, which only lock-stepping can save.
 NEVER = 24 * 3600 * 1000
 """ms: no checkpoint by the clock in any round."""
 _CONNECTIONS = 6
+_CHECKS = {"passive": (4 << 20, 100), "active": (256 << 10, 1000)}
+"""Bytes of the guest's memory check and its rest (ms); that of two emulated guests at once must leave this machine some time for the rest."""
 _NEWCOMERS = 12
 _NEWCOMER_INTERVAL = 0.1
 _LATE_BEFORE = (0.6, 1.5)
@@ -167,7 +169,9 @@ class Demo:
         return count
 
 
-def _chooseGuest(wanted: str | None, kill: str, qemu: str, firstLate: bool = False) -> GuestChoice:
+def _chooseGuest(
+    wanted: str | None, kill: str, qemu: str, secondary: str = "passive", firstLate: bool = False
+) -> GuestChoice:
     if firstLate:
         if wanted == "memory":
             raise ConfigError(
@@ -176,7 +180,7 @@ def _chooseGuest(wanted: str | None, kill: str, qemu: str, firstLate: bool = Fal
         return qemuGuest(qemu, patternBytes=0, firstTcp=False)
     if wanted != "memory":
         try:
-            return qemuGuest(qemu)
+            return qemuGuest(qemu, *_CHECKS[secondary])
         except ConfigError as error:
             if wanted == "qemu" or qemu or kill == "qemu":
                 raise
@@ -235,7 +239,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 async def _main(reactor: Any, options: argparse.Namespace) -> int:
     seed = random.randrange(1 << 20) if options.seed is None else options.seed
     late = options.first_connection_late
-    guest = _chooseGuest(options.guest, options.kill, options.qemu, late)
+    guest = _chooseGuest(options.guest, options.kill, options.qemu, options.secondary, late)
     logs = options.keep or Path(tempfile.mkdtemp(prefix="colo-demo-"))
     settings = PairSettings(guest, options.checkpoint_delay, secondary=options.secondary)
     demo = Demo(reactor, settings, options.kill, seed, logs, late)

@@ -73,12 +73,14 @@ class GuestChoice:
         return GUEST_ADDRESS.partition("/")[0]
 
     def traffic(self, connections: int, seed: int) -> TrafficSettings:
-        """@return: all it can be asked for."""
+        """@return: all it can be asked for, at rates that two emulated guests can bear on two cores."""
         return TrafficSettings(
             host=self.host,
             host6=self.address6.partition("/")[0],
             kinds=self.kinds,
             connections=connections,
+            rate=16_000,
+            bulkRate=64_000,
             seed=seed,
             verdictPort=self.verdictPort,
         )
@@ -89,19 +91,21 @@ def memoryGuest() -> GuestChoice:
     return GuestChoice({"guest": "memory", "memory-address": GUEST_ADDRESS}, 0)
 
 
-def qemuGuest(binary: str = "", patternBytes: int = 4 << 20, firstTcp: bool = True) -> GuestChoice:
+def qemuGuest(
+    binary: str = "", patternBytes: int = 4 << 20, pauseMilliseconds: int = 100, firstTcp: bool = True
+) -> GuestChoice:
     """
     A Linux guest that checks its own memory.
 
     @param binary: the QEMU; empty: C{COLOTX_QEMU} of the environment, else the distribution's.
     @param patternBytes: how much memory it checks; 0: none, and nobody asks.
-    @param firstTcp: see L{kernelArguments}.
+    @param pauseMilliseconds: see L{kernelArguments}, as for C{firstTcp}.
     @raise ConfigError: a part is missing.
     """
     if binary and shutil.which(binary) is None:
         raise ConfigError(f"there is no QEMU {binary}")
     files = buildGuest(_GUEST_CACHE)
-    kernel = kernelArguments(GUEST_ADDRESS, GUEST_ADDRESS6, patternBytes, firstTcp=firstTcp)
+    kernel = kernelArguments(GUEST_ADDRESS, GUEST_ADDRESS6, patternBytes, pauseMilliseconds, firstTcp)
     # Relative: the working directories of the daemons differ, the arguments must not.
     arguments = qemuArguments(files, kernel, serial=_CONSOLE)
     keys = {"guest": "qemu", "qemu-binary": binary or qemuBinary(), "qemu-arguments": arguments}

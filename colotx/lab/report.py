@@ -19,6 +19,7 @@ _COLUMNS = (
     ("detection ms", "detection_ms"),
     ("outage ms", "outage_ms"),
     ("after detection", "after_detection_ms"),
+    ("slowest", "slowest_ms"),
     ("usual gap p99 ms", "usual_gap_p99"),
     ("connections", "connections"),
     ("late", "late"),
@@ -41,7 +42,9 @@ class RoundResult:
     @ivar detection_ms: from the kill until the secondary's daemon said that the peer is lost.
     @ivar failover_ms: from the kill until the secondary's daemon said that the guest runs.
     @ivar outage_ms: the longest time without any echoed byte after the kill.
-    @ivar after_detection_ms: what is left, without the detection, of the longest silence of any one echo.
+    @ivar after_detection_ms: what is left of the outage without the detection.
+    @ivar slowest_ms: the same of the echo that was silent longest: its client may have had to wait for the time-out of
+        its own retransmission, which is 200 ms at least.
     @ivar last_checkpoint: when the last one before the kill was seen, seconds of C{time.monotonic}.
     @ivar usual_gap_p99: the same before the kill, 99 % of them shorter.
     @ivar connections: how many there were when the client ended.
@@ -64,6 +67,7 @@ class RoundResult:
     failover_ms: float | None = None
     outage_ms: float | None = None
     after_detection_ms: float | None = None
+    slowest_ms: float | None = None
     last_checkpoint: float | None = None
     usual_gap_p99: float | None = None
     sent: int = 0
@@ -99,8 +103,9 @@ class RoundResult:
         if self.last_checkpoint is not None:
             self.late = sum(one["opened"] > self.last_checkpoint for one in each)
         outages = [one["outage_ms"] for one in each if one["kind"] == "echo" and one["outage_ms"] is not None]
-        if outages and self.detection_ms is not None:
-            self.after_detection_ms = round(max(outages) - self.detection_ms, 1)
+        if outages and self.detection_ms is not None and self.outage_ms is not None:
+            self.after_detection_ms = round(self.outage_ms - self.detection_ms, 1)
+            self.slowest_ms = round(max(outages) - self.detection_ms, 1)
         self.kinds = byKind(each)
         if not isClean(report):
             found = [f"{name} {report[name]}" for name in FAULTS if report[name]]
@@ -134,24 +139,20 @@ def summary(results: Sequence[RoundResult]) -> dict[str, Any]:
     All rounds in one object. Each round has its own downtime percentiles: p50 is the median of the rounds' and p99
     the worst of them.
     """
-    outage = Quantiles.of(one.outage_ms for one in results if one.outage_ms is not None)
     halves = [one.downtime_p50 for one in results if one.downtime_p50 is not None]
     worst = [one.downtime_p99 for one in results if one.downtime_p99 is not None]
     return {
         "rounds": len(results),
         "failed_rounds": sum(one.problem is not None for one in results),
         "checkpoints": sum(one.checkpoints or 0 for one in results),
-        "outage_ms": asdict(outage),
+        "outage_ms": _quantiles(results, "outage_ms"),
         "downtime_ms": {
             "p50": round(statistics.median(halves), 3) if halves else None,
             "p99": max(worst, default=None),
         },
-        "detection_ms": asdict(
-            Quantiles.of(one.detection_ms for one in results if one.detection_ms is not None)
-        ),
-        "after_detection_ms": asdict(
-            Quantiles.of(one.after_detection_ms for one in results if one.after_detection_ms is not None)
-        ),
+        "detection_ms": _quantiles(results, "detection_ms"),
+        "after_detection_ms": _quantiles(results, "after_detection_ms"),
+        "slowest_ms": _quantiles(results, "slowest_ms"),
         "bytes_sent": sum(one.sent for one in results),
         "bytes_lost": sum(one.lost for one in results),
         "bytes_doubled": sum(one.doubled for one in results),
@@ -164,6 +165,11 @@ def summary(results: Sequence[RoundResult]) -> dict[str, Any]:
         "kinds": _allKinds(results),
         "each": [asdict(one) for one in results],
     }
+
+
+def _quantiles(results: Sequence[RoundResult], name: str) -> dict[str, float | None]:
+    """Of what there is."""
+    return asdict(Quantiles.of(found for one in results if (found := getattr(one, name)) is not None))
 
 
 def _allKinds(results: Sequence[RoundResult]) -> dict[str, dict[str, Any]]:

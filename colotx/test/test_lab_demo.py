@@ -29,12 +29,12 @@ class ChoiceTests(SynchronousTestCase):
             guest = _chooseGuest(*choice)
         return guest, said.getvalue()
 
-    def noQemu(self, binary: str) -> GuestChoice:
+    def noQemu(self, binary: str, *check: int) -> GuestChoice:
         raise ConfigError("there is no QEMU")
 
     def test_qemuFirst(self) -> None:
         """Where QEMU is, it is the guest, unless told otherwise."""
-        self.patch(demo, "qemuGuest", lambda _: QEMU)
+        self.patch(demo, "qemuGuest", lambda *_: QEMU)
         self.assertEqual(self.choose(None, "host", ""), (QEMU, ""))
         self.assertEqual(self.choose("memory", "host", "")[0], memoryGuest())
 
@@ -84,9 +84,9 @@ class ChoiceTests(SynchronousTestCase):
         """Only a Linux guest has the time stamps that its first connection fixes."""
         made: list[Any] = []
         self.patch(demo, "qemuGuest", lambda binary, **settings: made.append(settings))
-        _chooseGuest(None, "host", "", True)
+        _chooseGuest(None, "host", "", "active", True)
         self.assertEqual(made, [{"patternBytes": 0, "firstTcp": False}])
-        self.assertRaises(ConfigError, _chooseGuest, "memory", "host", "", True)
+        self.assertRaises(ConfigError, _chooseGuest, "memory", "host", "", "active", True)
 
 
 class FakeDaemon:
