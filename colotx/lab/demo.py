@@ -46,7 +46,10 @@ NEVER = 24 * 3600 * 1000
 """ms: no checkpoint by the clock in any round."""
 _CONNECTIONS = 6
 _CHECKS = {"passive": (4 << 20, 100), "active": (256 << 10, 1000)}
-"""Bytes of the guest's memory check and its rest (ms); that of two emulated guests at once must leave this machine some time for the rest."""
+"""
+Bytes of the guest's memory check, and its rest (ms): that of two emulated guests at once must leave this machine some
+time for the rest.
+"""
 _NEWCOMERS = 12
 _NEWCOMER_INTERVAL = 0.1
 _LATE_BEFORE = (0.6, 1.5)
