@@ -6,8 +6,8 @@ secondary's serves once. It is looked for among all that the secondary sent and 
 secondary may say things in another order. What leaves keeps the primary's order: an equal one waits behind one that
 is not.
 
-Two datagrams said at about the same time that differ are a difference at once, not only after the time-out. This
-module knows no frames and no clock.
+Two datagrams said at about the same time that differ are a difference at once, not only after the time-out; should
+the secondary say the right one after all, it counts. This module knows no frames and no clock.
 """
 
 from __future__ import annotations
@@ -29,22 +29,20 @@ class DatagramFlow:
     One flow without a stream.
 
     @ivar theirs: (content, time of arrival) that the secondary said and the primary did not, in order.
-    @ivar waiting, seen, stuck, asked, deaf: as of L{colotx._compare_tcp.TcpFlow}.
+    @ivar flow, waiting, seen, asked: as of L{colotx._compare_tcp.TcpFlow}.
     """
 
-    __slots__ = ("asked", "deaf", "flow", "seen", "stuck", "theirs", "waiting")
+    __slots__ = ("asked", "flow", "seen", "theirs", "waiting")
 
     def __init__(self, flow: Flow, seen: float) -> None:
         self.flow = flow
         self.theirs: deque[tuple[bytes, float]] = deque()
         self.waiting: deque[Datagram] = deque()
         self.seen = seen
-        self.stuck = False
         self.asked = False
-        self.deaf = False
 
     def advance(self, leaving: list[bytes]) -> Difference | None:
-        """As L{colotx._compare_tcp.TcpFlow.advance}."""
+        """As L{colotx._compare_tcp.TcpFlow.advance}, but what differs may agree later."""
         waiting, theirs = self.waiting, self.theirs
         while waiting:
             if theirs and theirs[0][0] == waiting[0][3]:
@@ -52,7 +50,6 @@ class DatagramFlow:
             elif (verdict := self.judge(waiting[0])) is not True:
                 if not verdict:
                     return None
-                self.stuck = True
                 return verdict
             leaving += waiting.popleft()[2]
         return None

@@ -140,7 +140,7 @@ class TcpFlow:
         @return: what differs, if that is why the first may not; the flow is C{stuck} then.
         """
         waiting, theirs = self.waiting, self.theirs
-        while waiting:
+        while waiting and not self.stuck:
             segment = waiting[0]
             _, _, frames, seq, ack, flags, payload = segment
             if flags & CONTROL == ACK and payload and theirs.get(seq) == payload and self._acknowledged(ack):

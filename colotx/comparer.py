@@ -410,8 +410,6 @@ class Comparer:
     def _advance(self, leaving: list[bytes]) -> None:
         """Judge again what waits in flows for which something came."""
         for flow in self._retry:
-            if flow.stuck:
-                continue
             difference = flow.advance(leaving)
             if difference is not None:
                 self._ask(flow, difference)

@@ -79,6 +79,7 @@ class Agreement(SynchronousTestCase):
                 self.never(udp(b"x", **how), udp(b"y", **how))
                 self.never(udp(b"x", **how), udp(b"xy", **how))
                 self.never(udp(b"x", **how), udp(b"x", port=1, **how))
+                self.never(udp(b"x", **{**how, "vlan": 8}), udp(b"x", **{**how, "vlan": 9}))
 
     def test_portProtocols(self) -> None:
         for protocol in (33, 132, 136):
@@ -135,6 +136,28 @@ class TcpRules(SynchronousTestCase):
         bench.secondary(tcp(100, b"abcdefgh"), tcp(108, b"ij"))
         frames = [tcp(100, b"abc"), tcp(103, b"defghi"), tcp(109, b"j")]
         self.assertEqual(bench.primary(*frames), frames)
+
+    def test_longerRepetition(self) -> None:
+        bench = Bench()
+        bench.primary(tcp(1, b"ab"), tcp(3, b"cd"))
+        self.assertEqual(bench.secondary(tcp(1, b"ab")), [tcp(1, b"ab")])
+        self.assertEqual(bench.secondary(tcp(1, b"abcd")), [tcp(3, b"cd")])
+
+    def test_secondaryFarAhead(self) -> None:
+        bench = Bench()
+        said = [tcp(at, b"x") for at in range(600)]
+        bench.secondary(said[0])
+        bench.primary(said[0])
+        for one in said[1:]:
+            bench.secondary(one)
+        self.assertEqual(bench.primary(*said[1:]), said[1:])
+
+    def test_differentForGood(self) -> None:
+        bench = Bench()
+        bench.secondary(tcp(1, b"aX"))
+        bench.primary(tcp(1, b"ab"))
+        self.assertEqual(bench.secondary(tcp(1, b"abc")), [])
+        self.assertEqual(len(bench.asked), 1)
 
     def test_retransmissionIsJudgedByWhatWasSeen(self) -> None:
         bench = Bench()
@@ -255,6 +278,10 @@ class DatagramRules(SynchronousTestCase):
         bench = Bench()
         bench.secondary(udp(b"a"))
         self.assertEqual(bench.primary(udp(b"a"), udp(b"a")), [udp(b"a")])
+        bench = Bench()
+        bench.secondary(udp(b"b"), udp(b"a"))
+        bench.now += 1
+        self.assertEqual(bench.primary(udp(b"a"), udp(b"a")), [udp(b"a")])
 
     def test_orderIsKept(self) -> None:
         bench = Bench()
@@ -270,6 +297,8 @@ class DatagramRules(SynchronousTestCase):
         bench.primary(udp(b"at 12:00:02"))
         self.assertEqual(bench.evidence.reasons, {"content": 1})
         self.assertEqual(bench.evidence.guesses, {"time stamp": 1})
+        self.assertEqual(bench.secondary(udp(b"at 12:00:02")), [udp(b"at 12:00:02")], "late, but the same")
+        self.assertEqual(len(bench.asked), 1)
 
     def test_secondaryAloneTriggersNothingAndExpires(self) -> None:
         bench = Bench()
@@ -314,6 +343,15 @@ class Fragments(SynchronousTestCase):
         bench.secondary(*self.pieces(body, 40, 5))
         self.assertEqual(bench.primary(*self.pieces(body[:-1] + b"x", 40, 5)), [])
         self.assertEqual(len(bench.asked), 1)
+
+    def test_overlapping(self) -> None:
+        bench = Bench()
+        whole = self.pieces(bytes(32), 8, 5)
+        overlapping = [ip(17, bytes(16), ident=6, place=1), ip(17, bytes(8), ident=6, place=8 | 1)]
+        overlapping.append(ip(17, bytes(8), ident=6, place=24))
+        bench.secondary(*whole)
+        self.assertEqual(bench.primary(*overlapping), [])
+        self.assertEqual(bench.comparer.flush(), overlapping)
 
     def test_incompleteTimesOutAndIsFlushed(self) -> None:
         bench = Bench()
@@ -381,6 +419,16 @@ class Bounds(SynchronousTestCase):
         self.assertEqual(bench.secondary(*ours), ours[:2])
         self.assertEqual(bench.comparer.heldFrames, 2)
         self.assertEqual(bench.comparer.flush(), ours[2:])
+
+    def test_nothingPassesWhatFoundNoRoom(self) -> None:
+        bench = Bench(maxFlows=1)
+        first, second = tcp(1, b"x", port=1), tcp(2, b"y", port=1)
+        bench.secondary(tcp(1, ack=9))
+        bench.primary(first)
+        bench.now += 5
+        self.assertEqual(bench.secondary(second), [])
+        self.assertEqual(bench.primary(second), [])
+        self.assertEqual(bench.comparer.flush(), [first, second])
 
     def test_idleFlowsMakeRoom(self) -> None:
         bench = Bench(maxFlows=2)
