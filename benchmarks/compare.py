@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import select
+import socket
 import sys
 import tempfile
 import time
@@ -34,6 +35,9 @@ KINDS: dict[str, Callable[[CompareOptions], list[str]]] = {"ours": ourCommand, "
 LIMIT = 120.0
 """Seconds a run may take."""
 
+SEND_BUFFER = 32 << 10
+"""Bytes."""
+
 _READ = 1 << 20
 _REQUEST = 4 + len(b"DO_CHECKPOINT")
 
@@ -43,7 +47,7 @@ class Run:
     """
     @ivar frames: of both guests, a second.
     @ivar cpu: microseconds of CPU time a frame.
-    @ivar left: share of the primary's frames that left.
+    @ivar left: share of the primary's frames that left, by their bytes.
     @ivar requests: how often a checkpoint was asked for.
     """
 
@@ -68,28 +72,27 @@ def run(kind: str, what: Traffic, directory: Path) -> Run:
     process = CompareProcess(KINDS[kind](options), directory)
     comparer = RemoteComparer(process, options)
     with contextlib.closing(comparer):
-        cpu, began = process.cpuSeconds(), time.perf_counter()
-        left, requests = _feed(comparer, what)
-        took, cpu = time.perf_counter() - began, process.cpuSeconds() - cpu
-    frames = what.primary + what.secondary
-    return Run(frames / took, cpu / frames * 1e6, left, requests)
+        return _feed(process, comparer, what)
 
 
-def _feed(comparer: RemoteComparer, what: Traffic) -> tuple[float, int]:
-    """@return: the share of the primary's frames that left (by their bytes), and how often it asked."""
+def _feed(process: CompareProcess, comparer: RemoteComparer, what: Traffic) -> Run:
     inputs = [comparer.connection("primary_in"), comparer.connection("secondary_in")]
     outdev, notify = comparer.connection("outdev"), comparer.connection("notify_dev")
     for connection in (*inputs, outdev, notify):
         connection.setblocking(False)
-    # The last thing said: when it has left, everything was dealt with.
+    for connection in inputs:
+        # Little waits to be read, so that one guest is ahead of the other as far as was meant, and not by what a
+        # socket holds.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    # The last thing said: when it leaves, what could leave did, or does with it.
     mark = comparer.encode([comparer.newMark()])
     chunks = [*what.chunks, (0, mark), (1, mark)]
     space = memoryview(bytearray(_READ))
     received = requests = 0
     end = b""
-    deadline = time.monotonic() + LIMIT
+    cpu, began = process.cpuSeconds(), time.perf_counter()
     position, piece = 0, memoryview(chunks[0][1])
-    while end[-len(mark) :] != mark:
+    while mark not in end:
         writable: list[Any] = []
         if position < len(chunks):
             writable = [inputs[chunks[position][0]]]
@@ -97,9 +100,10 @@ def _feed(comparer: RemoteComparer, what: Traffic) -> tuple[float, int]:
         if outdev in readable:
             count = outdev.recv_into(space)
             received += count
-            end = end[-len(mark) :] + bytes(space[max(0, count - len(mark)) : count])
             if not count:
                 raise ColoError("the comparer hung up")
+            if position == len(chunks):
+                end = end[-len(mark) :] + bytes(space[:count])
         if notify in readable:
             requests += len(notify.recv(_READ)) // _REQUEST
         if writable:
@@ -110,11 +114,14 @@ def _feed(comparer: RemoteComparer, what: Traffic) -> tuple[float, int]:
                     if not piece:
                         position += 1
                         piece = memoryview(chunks[position][1] if position < len(chunks) else b"")
-        if time.monotonic() > deadline:
+        if time.perf_counter() > began + LIMIT:
             raise ColoError(f"{received} bytes left within {LIMIT:.0f} s, and then nothing")
-    for connection in (*inputs, outdev, notify):
-        connection.setblocking(True)
-    return (received - len(mark)) / (what.bytes + 4 * what.primary), requests
+    took, cpu = time.perf_counter() - began, process.cpuSeconds() - cpu
+    while select.select([outdev], [], [], 0.05)[0] and (count := outdev.recv_into(space)):
+        received += count
+    frames = what.primary + what.secondary
+    left = (received - len(mark)) / (what.bytes + 4 * what.primary)
+    return Run(frames / took, cpu / frames * 1e6, left, requests)
 
 
 def measure(profiles: Sequence[str], runs: int, share: float) -> dict[str, Any]:

@@ -240,12 +240,13 @@ class RemoteComparer:
         return _mark(self._marks)
 
     def settle(self) -> Seen:
-        mark = self.newMark()
-        self.primary([mark])
-        self.secondary([mark])
         left = []
-        while (frame := self._receive("outdev", self._vnet)) != mark:
-            left.append(frame)
+        # Order is kept within a flow only: what leaves together with the first mark may come after it.
+        for mark in (self.newMark(), self.newMark()):
+            self.primary([mark])
+            self.secondary([mark])
+            while (frame := self._receive("outdev", self._vnet)) != mark:
+                left.append(frame)
         return Seen(tuple(left), self._asked())
 
     def checkpoint(self) -> Seen:
