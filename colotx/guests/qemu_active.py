@@ -106,19 +106,15 @@ class ActiveQemuSecondary:
     async def _commit(self, deviceState: bytes) -> None:
         incoming = self._incoming
         if incoming is None:
-            await self._follower().load(deviceState, self._forget)
+            await self._follower().load(deviceState, self.port.checkpointLoaded)
         else:
             await incoming.begin()
             before, self._current, self._incoming = self._current, incoming, None
-            self._forget()
+            self.port.checkpointLoaded()
             self._nic.use(incoming.port)
             if before is not None:
                 self._end(before)
         self.checkpoint += 1
-
-    def _forget(self) -> None:
-        """The guest is about to run from what it was sent."""
-        self.port.checkpointLoaded()
 
     async def _promote(self) -> QemuPrimaryGuest:
         self._checkOpen()
@@ -130,8 +126,9 @@ class ActiveQemuSecondary:
             await current.loaded()
         except GuestError as error:
             self._log.error("{error}", error=error)
-        self._checkOpen()
         current.cut()
+        await current.exited()
+        self._checkOpen()
         if current.failure is not None:
             raise FailoverError(f"the guest that stood by here cannot go on: {current.failure}")
         self._over, self._current = "promoted", None

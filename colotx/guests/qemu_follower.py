@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from twisted.internet.defer import DeferredLock
+from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.endpoints import UNIXClientEndpoint
 from twisted.internet.error import ConnectError
 from twisted.internet.protocol import Factory
@@ -63,6 +63,7 @@ class QemuFollower:
         self._connection = ColoConnection(reactor, settings.stopTimeout)
         self._loading = DeferredLock()
         self._failure: GuestError | None = None
+        self._exited: Deferred[None] = Deferred()
         paths = SocketPaths.under(settings.runtimeDirectory)
         self.process = QemuProcess(reactor, settings, paths, self._lost, self._event)
         self.port = StreamPort(reactor, paths.nic)
@@ -174,6 +175,11 @@ class QemuFollower:
         if self.phase is not Phase.LOADING:
             self._leave(GuestError("the exchange with the local QEMU was cut off"))
 
+    async def exited(self) -> None:
+        """After L{cut}, wait until QEMU is aware of it: only then nothing that it was told before stops the guest."""
+        self._exited.addTimeout(self._settings.stopTimeout, self._reactor, lambda _, timeout: None)
+        await self._exited
+
     async def end(self) -> None:
         """End it for good. Never fails."""
         self._leave(GuestError("the QEMU that followed was ended"))
@@ -191,12 +197,18 @@ class QemuFollower:
     def _lost(self, error: GuestLost) -> None:
         self._failure = error
         self._leave(error)
+        self._noticed()
         self._onLost(error)
 
     def _event(self, name: str, data: JsonObject) -> None:
         if name == "COLO_EXIT":
             # It does not close its socket, and would be waited for.
             self._leave(GuestError("QEMU left COLO with an error"))
+            self._noticed()
+
+    def _noticed(self) -> None:
+        if not self._exited.called:
+            self._exited.callback(None)
 
     # -- inside
 

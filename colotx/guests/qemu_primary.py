@@ -61,7 +61,7 @@ class QemuPrimaryGuest:
         self._exchange: ColoExchange | None = None
         self._resumed: Deferred[None] | None = None
         self._prepared: Deferred[MappedRam | None] | None = None
-        self._inherited = False
+        self._inColo = False
         self.port: Any = StreamPort(reactor, self._paths.nic)
         self.runState = RunState.PRELAUNCH
         self.ramBytes = 0
@@ -83,13 +83,15 @@ class QemuPrimaryGuest:
 
     def inherit(self, process: QemuProcess, port: Any, ramBytes: int) -> None:
         """
-        C{launch} is to make the guest of this QEMU go on, a COLO secondary whose exchange was shut down.
+        C{launch} is to make the guest of this QEMU go on, a COLO secondary whose exchange was shut down. QEMU itself
+        stays in COLO until the next protection: to leave it, it stops the guest and frees a copy of all of its RAM,
+        which takes long (20 to 40 ms for 256 MiB in small pages, the more the larger).
 
         @param port: its NIC's L{TranslatingPort}, open, paused.
         @param ramBytes: its guest's RAM.
         """
         self.runState = RunState.INMIGRATE
-        self._inherited = True
+        self._inColo = True
         self._process, self._paths, self.port, self.ramBytes = process, process.paths, port, ramBytes
         process.watch(self._lost, self._event)
 
@@ -137,10 +139,10 @@ class QemuPrimaryGuest:
 
     async def _launch(self) -> None:
         try:
-            if self._inherited:
+            if self._inColo:
                 self.port.replay()
                 self.port.resume()
-                await self._untilResume(self._leaveColo(), self._settings.stopTimeout, "go on by itself")
+                await self._untilResume(self._goOn("cont"), self._settings.stopTimeout, "let its guest go on")
             else:
                 await self._begin()
         except BaseException:
@@ -162,11 +164,12 @@ class QemuPrimaryGuest:
         if not (await process.execute("query-status"))["running"]:
             await process.execute("cont")
 
-    async def _leaveColo(self) -> None:
+    async def _goOn(self, command: str) -> None:
+        """Tell a QEMU that was a secondary to let its guest run."""
         process = self._running()
-        await process.execute("x-colo-lost-heartbeat")
-        if (await process.execute("query-status"))["running"]:
-            # Between two checkpoints it never stood still, and does not say that it goes on.
+        await process.execute(command)
+        if self._resumed is not None and (await process.execute("query-status"))["running"]:
+            # Between two checkpoints the guest never stood still, and nothing says that it goes on.
             self._event("RESUME", {})
 
     async def _revive(self, image: CheckpointImage) -> QemuProcess:
@@ -233,6 +236,10 @@ class QemuPrimaryGuest:
         process = self._running()
         if self._exchange is not None:
             raise GuestError("the guest is protected already: end that protection first")
+        if self._inColo:
+            leaving = self._goOn("x-colo-lost-heartbeat")
+            await self._untilResume(leaving, self._settings.stopTimeout, "leave COLO")
+            self._inColo = False
         exchange = ColoExchange(
             self._reactor, self._paths.colo, self._settings.stopTimeout, self._wantCheckpoint
         )
