@@ -27,6 +27,7 @@ BENCHMARKS = {
     "checkpoint": ("--windows", "3", "--seconds", "2", "--rate-seconds", "8"),
     "failover": ("--rounds", "2"),
     "lockstep": ("--rounds", "1"),
+    "compare": ("--runs", "3", "--share", "0.3"),
 }
 """Name, which is the module's, and the options that make it quick."""
 
@@ -81,6 +82,17 @@ BARS = (
     Bar("round trip through compare: colotx / native", "lockstep", ("round_trip_to_native",), 1.0, True),
     Bar("download through compare: colotx / native", "lockstep", ("download_to_native",), 1.0, False),
     Bar("upload through compare: colotx / native", "lockstep", ("upload_to_native",), 1.0, False),
+    *(
+        Bar(
+            f"comparer, {name}: rate / QEMU's, median",
+            "compare",
+            ("profiles", name, "rate_ratio", "median"),
+            1.5,
+            False,
+        )
+        for name in ("small", "mixed", "mtu", "flows")
+    ),
+    Bar("comparer, any run: rate / QEMU's", "compare", ("lowest_ratio",), 1.0, False),
 )
 
 

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import select
+import signal
 import socket
 import sys
 import tempfile
@@ -200,6 +201,8 @@ def main() -> int:
         "--share", type=float, default=1.0, help="of the frames of each (default: %(default)s)"
     )
     options = parser.parse_args()
+    # Ended from outside, it ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         result = measure(options.profiles, options.runs, options.share)
     except ColoError as error:
