@@ -162,8 +162,8 @@ def _binaryTimes(ours: bytes, theirs: bytes) -> bool:
         ):
             break
         for order in ("big", "little"):
-            a = int.from_bytes(ours[first : first + 4], order)  # type: ignore[arg-type]
-            b = int.from_bytes(theirs[first : first + 4], order)  # type: ignore[arg-type]
+            a = int.from_bytes(ours[first : first + 4], order)
+            b = int.from_bytes(theirs[first : first + 4], order)
             if a in _PLAUSIBLE_TIMES and b in _PLAUSIBLE_TIMES and abs(a - b) < _AN_HOUR:
                 return True
     return False

@@ -235,9 +235,7 @@ class SecondaryRole(ProtectedRole):
             )
             return
         if self.mode is not ColoMode.SECONDARY:
-            self._set(
-                Protection.UNPROTECTED, f"there is no checkpoint that could go on: {error}", ALONE
-            )
+            self._set(Protection.UNPROTECTED, f"there is no checkpoint that could go on: {error}", ALONE)
             return
         self._set(
             Protection.DEGRADED,
