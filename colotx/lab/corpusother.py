@@ -290,15 +290,19 @@ def _unknown(alike: bool) -> Maker:
     return maker
 
 
-def _cut(alike: bool) -> Maker:
-    """Frames that end in the middle of a header."""
+def _cut(alike: bool, inPorts: bool) -> Maker:
+    """
+    Frames that end in the middle of a header.
+
+    @param inPorts: in that of UDP; else in that of IP.
+    """
 
     def maker(chance: random.Random, path: Path, ports: tuple[int, int]) -> Pair:
         path = replace(path, destinationMac=b"\x02" + path.destination[-2:] + bytes(3))
         whole = path.ip(UDP, path.withPorts(UDP, *ports, chance.randbytes(30)), 5)
-        shortest = 14 + 4 * len(path.tags) + 1
-        headers = len(whole) - 31
-        frames = [whole[:size] for size in sorted(chance.sample(range(shortest, headers), 4))]
+        network, transport = 14 + 4 * len(path.tags), len(whole) - 38
+        places = range(transport, transport + 8) if inPorts else range(network + 1, transport)
+        frames = [whole[:size] for size in sorted(chance.sample(places, 4))]
         verdict = LEAVES if alike else HELD
         return Pair(tuple((frame, verdict) for frame in frames), tuple(frames) if alike else (), not alike)
 
@@ -364,7 +368,9 @@ OTHER: dict[str, Maker] = {
     "arp-corrupted": _arp(False),
     "unknown-same": _unknown(True),
     "unknown-corrupted": _unknown(False),
-    "cut-same": _cut(True),
-    "cut-alone": _cut(False),
+    "cut-address-same": _cut(True, False),
+    "cut-address-alone": _cut(False, False),
+    "cut-ports-same": _cut(True, True),
+    "cut-ports-alone": _cut(False, True),
     "vlan-other": _otherTag,
 }
