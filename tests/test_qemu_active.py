@@ -380,48 +380,57 @@ class ActiveSecondaryTests(TestCase):
         the guest goes on from its own state.
         """
         primary = await self.booted()
-        for name, share in (("RAM", None), ("SIZE", 0.0), ("half the blob", 0.5), ("all but a byte", 1.0)):
-            standby = self.standby()
-            protection, hooked = await self.protected(primary, standby)
-            await protection.checkpoints(2)
-            follower = standby.guest._current
-            reached: Deferred[None] = Deferred()
-            gone: Deferred[None] = Deferred()
-            own: list[bytes] = []
-            prepare, live = follower.stop, follower.live
-
-            async def stop() -> None:
-                await prepare()
-                own.append(await self.ram(follower.process))
-
-            async def partly(deviceState: bytes, committing: object) -> None:
-                part = deviceState[: int(share * (len(deviceState) - 1))]
-                follower._connection.sendMessage(ColoMessage.VMSTATE_SIZE, value=len(deviceState))
-                await follower._connection.write(part)
-                reached.callback(None)
-                await gone
-
-            async def half(raw: bytes | memoryview) -> None:
-                await live(raw[: len(raw) // 2])
-                reached.callback(None)
-                await gone
-
-            follower.stop = stop
-            if share is None:
-                follower.live = half
-            else:
-                follower.load = partly
-            await reached
-            # QEMU takes it all before the link dies.
-            await pause(0.2)
-            standby.guest.abandon()
-            self.assertEqual(len(own), 1)
-            self.assertEqual(await self.ram(follower.process), own[0], name)
-            primary = await self.handedOver(primary, standby, name)
-            gone.callback(None)
-            protection.cut()
-            await protection.over()
+        primary = await self.cutShort(primary, "RAM", None)
+        for name, share in (("SIZE", 0.0), ("half the blob", 0.5), ("all but a byte", 1.0)):
+            primary = await self.cutShort(primary, name, share)
         self.assertEqual(self.lost, [])
+
+    async def cutShort(self, primary: Machine, name: str, share: float | None) -> Machine:
+        """
+        Give a standby's QEMU a part of a checkpoint.
+
+        @param share: of the device state; None: a part of the RAM.
+        @return: the standby, gone on.
+        """
+        standby = self.standby()
+        protection, _ = await self.protected(primary, standby)
+        await protection.checkpoints(2)
+        follower = standby.guest._current
+        prepare, live = follower.stop, follower.live
+        reached: Deferred[None] = Deferred()
+        gone: Deferred[None] = Deferred()
+        own: list[bytes] = []
+
+        async def stop() -> None:
+            await prepare()
+            own.append(await self.ram(follower.process))
+
+        async def loadPart(deviceState: bytes, committing: object) -> None:
+            follower._connection.sendMessage(ColoMessage.VMSTATE_SIZE, value=len(deviceState))
+            await follower._connection.write(deviceState[: int(share * (len(deviceState) - 1))])
+            reached.callback(None)
+            await gone
+
+        async def passHalf(raw: bytes | memoryview) -> None:
+            await live(raw[: len(raw) // 2])
+            reached.callback(None)
+            await gone
+
+        follower.stop = stop
+        if share is None:
+            follower.live = passHalf
+        else:
+            follower.load = loadPart
+        await reached
+        # QEMU takes it all before the link dies.
+        await pause(0.2)
+        standby.guest.abandon()
+        self.assertEqual([await self.ram(follower.process)], own, name)
+        await self.handedOver(primary, standby, name)
+        gone.callback(None)
+        protection.cut()
+        await protection.over()
+        return standby
 
     @asynchronous
     async def test_failedLoad(self):

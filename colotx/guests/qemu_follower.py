@@ -75,7 +75,8 @@ class QemuFollower:
     def failure(self) -> GuestError | None:
         """Why its guest cannot go on; None: it can."""
         if self._failure is not None:
-            return self._failure
+            # Words of QEMU's that follow its complaint on the QMP connection are there by now.
+            return self._failure if self.process.lost else self.process.withWords(self._failure)
         return GuestError(self.phase.value) if self.phase in _STATELESS else None
 
     @property
@@ -189,14 +190,16 @@ class QemuFollower:
     def _leave(self, error: GuestError) -> None:
         if self.phase is Phase.CUT:
             return
-        if self.phase in _STATELESS:
+        if self.phase is Phase.LOADING:
+            self._failure = GuestError(f"its last load failed: {error}")
+        elif self.phase in _STATELESS:
             self._failure = error
         self.phase = Phase.CUT
         self._connection.abort(error)
 
     def _lost(self, error: GuestLost) -> None:
-        self._failure = error
         self._leave(error)
+        self._failure = error
         self._noticed()
         self._onLost(error)
 

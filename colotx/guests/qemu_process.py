@@ -163,7 +163,7 @@ class QemuProcess:
                 raise
             raise self.lost from None
         except GuestError as error:
-            raise self._withWords(error) from error
+            raise self.withWords(error) from error
         finally:
             self._starting = None
         self._qmp.onEvent = lambda name, data, when: self._event(name, data)
@@ -202,6 +202,12 @@ class QemuProcess:
         ended.addTimeout(seconds, self._reactor, lambda result, timeout: None)
         await ended
 
+    def withWords(self, error: GuestError) -> GuestError:
+        """@return: the error, with QEMU's last words if it has said any."""
+        words = self._output.words
+        kind = GuestTimeout if isinstance(error, GuestTimeout) else GuestError
+        return kind(f"{error}; QEMU says: {words}") if words else error
+
     def _fail(self, error: GuestLost) -> None:
         """QEMU is no use any more: nobody hears of it a second time."""
         self.lost = self.lost or error
@@ -221,11 +227,6 @@ class QemuProcess:
         self._onEvent(name, data)
         if name == "SHUTDOWN":
             self._fail(GuestLost(f"the guest shut down: {data.get('reason', 'no reason given')}"))
-
-    def _withWords(self, error: GuestError) -> GuestError:
-        words = self._output.words
-        kind = GuestTimeout if isinstance(error, GuestTimeout) else GuestError
-        return kind(f"{error}; QEMU says: {words}") if words else error
 
 
 __all__ = ["QemuProcess"]

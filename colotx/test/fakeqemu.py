@@ -6,7 +6,7 @@ end, with QEMU's manners (QEMU-FACTS) and, on demand, its bad ones. All of it in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from struct import unpack
 from typing import Any
 
@@ -17,8 +17,8 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from twisted.test.iosim import FakeTransport, connect
 
-from colotx.protocol import ColoMessage, encodeMessage
-from colotx.vmstate import PAGE_SIZE, Pages, RamBlock, RamWriter
+from colotx.protocol import ColoDecoder, ColoMessage, WholeStream, encodeMessage
+from colotx.vmstate import PAGE_SIZE, CheckpointReader, InitialReader, Pages, RamBlock, RamReader, RamWriter
 
 BLOCKS = (RamBlock("pc.ram", 64 * PAGE_SIZE), RamBlock("pc.bios", 4 * PAGE_SIZE))
 MACHINE = "pc-fake-1.0"
@@ -82,12 +82,14 @@ class FakeReactor(MemoryReactorClock):
 
     def join(self, server: Any, client: Any) -> None:
         """Connect two protocols."""
+        transport = FakeTransport(client, isServer=False)
+        transport.socket = _DrySocket()  # type: ignore[attr-defined]
         self.pumps.append(
             connect(
                 server,
                 FakeTransport(server, isServer=True),
                 client,
-                FakeTransport(client, isServer=False),
+                transport,
                 greet=False,
                 clock=self,
             )
@@ -113,14 +115,23 @@ class FakeReactor(MemoryReactorClock):
         raise AssertionError("it never settles")
 
 
+class _DrySocket:
+    """What a transport reads from when it is asked to by others than its reactor: there is never more."""
+
+    def recv(self, size: int) -> bytes:
+        raise BlockingIOError
+
+
 class FakeQemu:
     """
     @ivar commands: the QMP commands it got: (name, arguments).
     @ivar silent: commands it does not answer, and things it does not do: C{connect} to the migration's socket,
-        C{request} a checkpoint, C{send} the state of one.
+        C{request} a checkpoint, C{send} the state of one; as a secondary, to be C{ready}, C{reply}, C{received},
+        C{loaded}.
     @ivar refusing: commands it answers with an error.
     @ivar answers: the bytes it got on the COLO channel, a list of what came at once.
     @ivar incoming: the bytes it was restored from.
+    @ivar loads: the device state of each checkpoint it has loaded as a secondary.
     @ivar status: the run state.
     @ivar migration: what C{query-migrate} says.
     @ivar failing: words it ends with when it is started, or restored.
@@ -137,6 +148,7 @@ class FakeQemu:
         self.refusing: set[str] = set()
         self.answers: list[bytes] = []
         self.incoming = bytearray()
+        self.loads: list[bytes] = []
         self.status = "inmigrate" if "-incoming" in command else "running"
         self.migration = "none"
         self.capabilities = dict.fromkeys(CAPABILITIES, False) | {"multifd": True}
@@ -147,7 +159,7 @@ class FakeQemu:
         self.alive = True
         self.pid = 4711
         self.qmp: _Qmp | None = None
-        self.colo: _Colo | None = None
+        self.colo: Protocol | None = None
         self.writer = RamWriter()
 
     def begin(self) -> None:
@@ -244,7 +256,8 @@ class FakeQemu:
         return {}
 
     def do_migrate_incoming(self, uri: str) -> Any:
-        self.reactor.listening[uri.partition(":")[2]] = lambda: _Incoming(self)
+        kind = _Following if self.capabilities["x-colo"] else _Incoming
+        self.reactor.listening[uri.partition(":")[2]] = lambda: kind(self)
         return {}
 
     def do_migrate_cancel(self) -> Any:
@@ -253,6 +266,8 @@ class FakeQemu:
 
     def do_x_colo_lost_heartbeat(self) -> Any:
         self.migration = "completed"
+        if self.status == "running":
+            self.halt("colo")
         self.run()
         return {}
 
@@ -370,3 +385,67 @@ class _Incoming(Protocol):
         self._qemu.incoming += data
         if self._qemu.incoming.endswith(b'"devices": []}'):
             self._qemu.restored()
+
+
+class _Following(Protocol):
+    """The secondary of the COLO exchange."""
+
+    transport: Any
+
+    def __init__(self, qemu: FakeQemu) -> None:
+        self._qemu = qemu
+        self._decoder = ColoDecoder()
+        self._ram = RamReader()
+        self._steps = self._exchange()
+
+    def connectionMade(self) -> None:
+        self._qemu.colo = self
+
+    def dataReceived(self, data: bytes) -> None:
+        self._qemu.incoming += data
+        self._decoder.feed(data)
+        next(self._steps)
+
+    def connectionLost(self, reason: object = None) -> None:
+        if self._qemu.alive:
+            self._qemu.event("COLO_EXIT", mode="secondary", reason="error")
+
+    def _exchange(self) -> Iterator[None]:
+        """Everything it does, with a stop wherever it waits for more."""
+        qemu = self._qemu
+        yield from self._stream(WholeStream(InitialReader(self._ram)))
+        qemu.migration = "colo"
+        qemu.run()
+        self._say("ready", ColoMessage.CHECKPOINT_READY)
+        while True:
+            yield from self._until(lambda: self._decoder.nextMessage(ColoMessage.CHECKPOINT_REQUEST))
+            qemu.halt("colo")
+            self._say("reply", ColoMessage.CHECKPOINT_REPLY)
+            yield from self._until(lambda: self._decoder.nextMessage(ColoMessage.VMSTATE_SEND))
+            yield from self._stream(CheckpointReader(self._ram))
+            size = yield from self._until(self._decoder.nextSize)
+            blob = b""
+            while len(blob) < size:
+                blob += yield from self._until(lambda: self._decoder.nextBytes(size - len(blob)))  # noqa: B023
+            self._say("received", ColoMessage.VMSTATE_RECEIVED)
+            if qemu.failingRestore:
+                qemu.protocol.childDataReceived(2, qemu.failingRestore.encode() + b"\n")
+                qemu.event("COLO_EXIT", mode="secondary", reason="error")
+                yield
+            qemu.loads.append(blob)
+            if "loaded" not in qemu.silent:
+                qemu.run()
+            self._say("loaded", ColoMessage.VMSTATE_LOADED)
+
+    def _say(self, what: str, message: ColoMessage) -> None:
+        if what not in self._qemu.silent:
+            self.transport.write(encodeMessage(message))
+
+    def _until(self, ask: Callable[[], Any]) -> Any:
+        while (answer := ask()) is None:
+            yield
+        return answer
+
+    def _stream(self, reader: Any) -> Iterator[None]:
+        while not reader.complete:
+            yield from self._until(lambda: self._decoder.nextStream(reader))
