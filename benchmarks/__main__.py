@@ -79,7 +79,8 @@ BARS = (
     Bar("takeover of a 256 MB guest, p99, ms", "failover", ("takeover_ms", "p99"), 300.0, True),
     Bar("client's outage after detection, p99, ms", "failover", ("after_detection_ms", "p99"), 300.0, True),
     Bar("downtime, lock-stepping: colotx / native", "lockstep", ("downtime_to_native",), 1.0, True),
-    Bar("round trip through compare: colotx / native", "lockstep", ("round_trip_to_native",), 1.0, True),
+    Bar("round trip through compare: colotx / native", "lockstep", ("echo_to_native",), 1.0, True),
+    Bar("round trip: what colotx adds, ms", "lockstep", ("echo_added_ms", "colotx"), 1.0, True),
     Bar("download through compare: colotx / native", "lockstep", ("download_to_native",), 1.0, False),
     Bar("upload through compare: colotx / native", "lockstep", ("upload_to_native",), 1.0, False),
     *(
