@@ -54,7 +54,7 @@ class ActiveQemuSecondary:
     @property
     def promotable(self) -> bool:
         """As L{ISecondaryGuest.promotable}."""
-        return self._current is not None and self._current.promising
+        return self._current is not None and self._current.failure is None
 
     async def stageInitial(self, raw: bytes | memoryview, events: Sequence[RamEvent]) -> None:
         """The initial stream goes into a QEMU of its own."""

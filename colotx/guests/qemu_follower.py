@@ -43,7 +43,7 @@ class Phase(enum.Enum):
     CUT = "QEMU is left to itself"
 
 
-_STATELESS = frozenset({Phase.WAITING, Phase.INITIAL, Phase.LOADING})
+_STATELESS = frozenset({Phase.WAITING, Phase.INITIAL})
 """While it is in one of these, its guest is in no state that could go on."""
 
 
@@ -73,16 +73,11 @@ class QemuFollower:
 
     @property
     def failure(self) -> GuestError | None:
-        """Why its guest cannot go on; None: it can."""
+        """Why its guest cannot go on; None: it can, or a load is under way whose end will tell."""
         if self._failure is not None:
             # Words of QEMU's that follow its complaint on the QMP connection are there by now.
             return self._failure if self.process.lost else self.process.withWords(self._failure)
         return GuestError(self.phase.value) if self.phase in _STATELESS else None
-
-    @property
-    def promising(self) -> bool:
-        """Whether its guest can go on, or is about to load what it can go on from."""
-        return self.failure is None or self.phase is Phase.LOADING
 
     # -- the initial state
 
