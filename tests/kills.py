@@ -36,6 +36,7 @@ newcomers are younger than the last one, and so few that kills come within one.
 """
 _BOOT_DELAY = 1000
 """ms between checkpoints until the guest is up: an emulated guest boots slowly enough without many of them."""
+_LOOK = 0.05
 _CONNECTIONS = 6
 _NEWCOMERS = (12, 0.1)
 _AFTER = 0.5
@@ -67,6 +68,7 @@ class Round:
         await pair.start(guestFirst=self._active)
         await self._memoryChecked("primary")
         await pair.daemons["primary"].query("migrate-set-parameters", **{"x-checkpoint-delay": self._delay})
+        result.observe(await pair.daemons["primary"].query("query-colotx-stats"), time.monotonic())
         await pair.client.start(self._guest.traffic(_CONNECTIONS, self._chance.randrange(1 << 20)))
         await self._warmUp()
         killed = pair.kill(result.kill)
@@ -84,13 +86,13 @@ class Round:
         pair = self._pair
         if self._active:
             pair.client.open(*_NEWCOMERS)
-        await pair.pause(self._chance.uniform(*_WARM_UP))
+        end = time.monotonic() + self._chance.uniform(*_WARM_UP)
+        while time.monotonic() < end:
+            statistics = await pair.daemons["primary"].query("query-colotx-stats")
+            self.result.observe(statistics, time.monotonic())
+            await pair.pause(_LOOK)
         if await pair.failedOver():
             raise LabError("the secondary took over before anything was broken (is this machine very busy?)")
-        statistics = await pair.daemons["primary"].query("query-colotx-stats")
-        self.result.checkpoints = int(statistics["checkpoints"])
-        downtime = statistics["phases-ms"]["downtime"]
-        self.result.downtime_p50, self.result.downtime_p99 = downtime["p50"], downtime["p99"]
         # The answer to a query comes between two checkpoints: move away from there.
         await pair.pause(self._chance.uniform(0, 0.1))
 

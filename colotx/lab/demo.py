@@ -161,15 +161,8 @@ class Demo:
         await pair.until(f"there were no {wanted} checkpoints", limit, enough)
 
     async def _lookForCheckpoint(self, pair: ProtectedPair, result: RoundResult) -> int:
-        """@return: how many there have been. The result learns of it, and when a new one was seen."""
-        statistics = await pair.daemons["primary"].query("query-colotx-stats")
-        count = int(statistics["checkpoints"])
-        if count != result.checkpoints:
-            result.checkpoints = count
-            result.last_checkpoint = time.monotonic()
-        downtime = statistics["phases-ms"]["downtime"]
-        result.downtime_p50, result.downtime_p99 = downtime["p50"], downtime["p99"]
-        return count
+        """@return: how many there have been."""
+        return result.observe(await pair.daemons["primary"].query("query-colotx-stats"), time.monotonic())
 
 
 def _chooseGuest(

@@ -90,6 +90,20 @@ class RoundResult:
         """One word."""
         return "ok" if self.problem is None else "FAILED"
 
+    def observe(self, statistics: Mapping[str, Any], now: float) -> int:
+        """
+        What the primary's daemon says of its checkpoints, again and again until the kill.
+
+        @param now: seconds of C{time.monotonic}.
+        @return: how many there have been.
+        """
+        count = int(statistics["checkpoints"])
+        if count != self.checkpoints:
+            self.checkpoints, self.last_checkpoint = count, now
+        downtime = statistics["phases-ms"]["downtime"]
+        self.downtime_p50, self.downtime_p99 = downtime["p50"], downtime["p99"]
+        return count
+
     def take(self, report: Mapping[str, Any]) -> None:
         """What the client found, once the times of this round are known."""
         each = report["connections"]

@@ -65,6 +65,15 @@ class RoundResultTests(SynchronousTestCase):
         result.take(clientReport(memory_check=["3 ok", "4 CORRUPT"]))
         self.assertIn("CORRUPT", str(result.problem))
 
+    def test_observe(self) -> None:
+        """The last checkpoint was when their number was first seen."""
+        result = RoundResult(1, "host")
+        downtime = {"p50": 4.0, "p99": 5.0}
+        for count, now in ((1, 10.0), (2, 20.0), (2, 30.0)):
+            result.observe({"checkpoints": count, "phases-ms": {"downtime": downtime}}, now)
+        self.assertEqual((result.checkpoints, result.last_checkpoint), (2, 20.0))
+        self.assertEqual((result.downtime_p50, result.downtime_p99), (4.0, 5.0))
+
     def test_late(self) -> None:
         """Connections younger than the last checkpoint are counted."""
         result = RoundResult(1, "host", last_checkpoint=60.0)
