@@ -118,8 +118,9 @@ class RoundResult:
             self.late = sum(one["opened"] > self.last_checkpoint for one in each)
         outages = [one["outage_ms"] for one in each if one["kind"] == "echo" and one["outage_ms"] is not None]
         if outages and self.detection_ms is not None and self.outage_ms is not None:
-            self.after_detection_ms = round(self.outage_ms - self.detection_ms, 1)
-            self.slowest_ms = round(max(outages) - self.detection_ms, 1)
+            # A cut link is detected late, while what is on its way still arrives: nothing may be left then.
+            self.after_detection_ms = round(max(0.0, self.outage_ms - self.detection_ms), 1)
+            self.slowest_ms = round(max(0.0, *outages, self.detection_ms) - self.detection_ms, 1)
         self.kinds = byKind(each)
         if not isClean(report):
             found = [f"{name} {report[name]}" for name in FAULTS if report[name]]
