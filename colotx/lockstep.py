@@ -1,15 +1,18 @@
 """
 The output gate of a primary with an active secondary: what both VMs said leaves at once, the rest with a checkpoint.
 
-It joins the comparer, which knows frames, to the gate's epochs. Nothing here knows the checkpoint process or a port.
+It joins the comparer and the keeper of windows, which know frames, to the gate's epochs. Nothing here knows the
+checkpoint process or a port.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 from colotx.compare import CompareLimits, Comparer, Evidence
 from colotx.gate import OutputGate
+from colotx.windows import WindowKeeper
 
 
 class LockstepGate(OutputGate):
@@ -35,6 +38,7 @@ class LockstepGate(OutputGate):
         super().__init__(deliver, wantCheckpoint, throttle)
         self.evidence = Evidence()
         self._comparer = Comparer(now, self._agreed, wantCheckpoint, compare, self.evidence)
+        self._windows = WindowKeeper()
         self._comparing = False
         self._counted = (0, 0)
 
@@ -50,7 +54,10 @@ class LockstepGate(OutputGate):
     def compare(self, frames: Sequence[bytes]) -> None:
         """What the secondary said, in order, of the epoch under way."""
         if self._comparing:
+            self._windows.said(frames)
             self._comparer.secondary(frames)
+            if updates := self._windows.updates():
+                self._deliver(updates)
             self._recount()
             self._relax()
 
@@ -73,12 +80,12 @@ class LockstepGate(OutputGate):
         super()._keep(frames)
 
     def describe(self) -> dict[str, object]:
-        """The comparer's counters."""
-        return self._comparer.describe()
+        """The comparer's counters, and the keeper's."""
+        return {**self._comparer.describe(), "windows": asdict(self._windows.statistics)}
 
     def _agreed(self, frames: Sequence[bytes]) -> None:
         self.statistics.released += len(frames)
-        self._deliver(frames)
+        self._deliver(self._windows.lower(frames))
 
     def _keep(self, frames: Sequence[bytes]) -> None:
         if self._comparing:
@@ -94,7 +101,10 @@ class LockstepGate(OutputGate):
         heldBytes = sum(map(len, held))
         # They are counted already, and whoever takes them counts them off.
         self._counted = (0, 0)
-        return frames + held, size + heldBytes
+        updates = self._windows.forget()
+        updateBytes = sum(map(len, updates))
+        self._count(len(updates), updateBytes)
+        return frames + updates + held, size + updateBytes + heldBytes
 
     def _recount(self) -> None:
         frames, size = self._comparer.heldFrames, self._comparer.heldBytes
