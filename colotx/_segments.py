@@ -9,7 +9,7 @@ L{colotx.packets} is asked. Nothing here raises on any bytes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from colotx.packets import ICMP, ICMPV6, TCP, fragmentOf, locate
@@ -19,7 +19,8 @@ FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 HALF = 1 << 31
 MASK = (1 << 32) - 1
 
-_END, _NOTHING, _SACK, _TIMESTAMP = 0, 1, 5, 8
+_END, _NOTHING, _SCALE, _SACK, _TIMESTAMP = 0, 1, 3, 5, 8
+_MAX_SCALE = 14
 _LINUX_TIMESTAMP = b"\x01\x01\x08\x0a"
 _WHOLE = (b"\x40\x00", b"\x00\x00")
 _VLAN_ID = 0x0FFF
@@ -160,9 +161,27 @@ def timestamps(frame: bytes, segment: Segment) -> int:
 
 def options(frame: bytes, segment: Segment) -> tuple[int, list[int]]:
     """@return: as L{timestamps}; and the indexes of the sequence numbers of the SACK blocks (RFC 2018)."""
-    position, end = segment.start + 20, segment.data
     timestamp = 0
     blocks: list[int] = []
+    for kind, position, length in _options(frame, segment):
+        if kind == _TIMESTAMP and length == 10:
+            timestamp = position + 2
+        elif kind == _SACK and length % 8 == 2:
+            blocks.extend(range(position + 2, position + length, 4))
+    return timestamp, blocks
+
+
+def windowScale(frame: bytes, segment: Segment) -> int:
+    """@return: of a SYN: the shift of the windows to come (RFC 7323, 2.2); 0 when there is no such option."""
+    for kind, position, length in _options(frame, segment):
+        if kind == _SCALE and length == 3:
+            return min(frame[position + 2], _MAX_SCALE)
+    return 0
+
+
+def _options(frame: bytes, segment: Segment) -> Iterator[tuple[int, int, int]]:
+    """Kind, index and length of each option but those of one byte."""
+    position, end = segment.start + 20, segment.data
     while position < end:
         kind = frame[position]
         if kind == _NOTHING:
@@ -173,12 +192,8 @@ def options(frame: bytes, segment: Segment) -> tuple[int, list[int]]:
         length = frame[position + 1]
         if length < 2 or position + length > end:
             break
-        if kind == _TIMESTAMP and length == 10:
-            timestamp = position + 2
-        elif kind == _SACK and length % 8 == 2:
-            blocks.extend(range(position + 2, position + length, 4))
+        yield kind, position, length
         position += length
-    return timestamp, blocks
 
 
 def rewrite(frame: bytes, start: int, checksum: int, changes: Iterable[tuple[int, int, int]]) -> bytes:

@@ -51,6 +51,11 @@ class LockstepGate(OutputGate):
     def compareLimits(self, limits: CompareLimits) -> None:
         self._comparer.limits = limits
 
+    def hold(self, frames: Sequence[bytes]) -> None:
+        """As L{OutputGate.hold}."""
+        self._windows.learn(frames)
+        super().hold(frames)
+
     def compare(self, frames: Sequence[bytes]) -> None:
         """What the secondary said, in order, of the epoch under way."""
         if self._comparing:
