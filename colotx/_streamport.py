@@ -26,6 +26,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from colotx._portbase import HIGH_WATER, MAX_FRAME, QUEUE_LIMIT, BasePort
+from colotx._writenow import writeNow
 from colotx.errors import ConfigError, GuestLost, GuestTimeout, StreamError
 from colotx.interfaces import IFramePort
 
@@ -130,7 +131,7 @@ class _FrameProtocol(Protocol):
                 piece.append(self._queue.popleft())
                 size += len(piece[-1])
             self.queued -= size
-            self.transport.write(b"".join(piece))
+            writeNow(self.transport, b"".join(piece))
 
     def pauseProducing(self) -> None:
         self._writable = False

@@ -38,6 +38,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from colotx._writenow import writeNow
 from colotx.certificates import Credentials, nameFault
 from colotx.errors import ColoError, PeerError, PeerLost, PeerTimeout
 
@@ -99,7 +100,7 @@ class LinkTransport(TLSMemoryBIOProtocol):
                 data = self._tlsConnection.bio_read(WRITE_PIECE)
             except SSL.WantReadError:
                 return
-            self.transport.write(data)
+            writeNow(self.transport, data)
             more = len(data) == WRITE_PIECE
 
     def _flushReceiveBIO(self) -> None:

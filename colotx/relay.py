@@ -57,9 +57,10 @@ class Inlet:
             self._heldBytes += sum(map(len, frames))
             self._pace()
             return
-        self._port.send(frames)
+        # The secondary's copy first: it has the longer way.
         if self.copyTo is not None:
             self.copyTo(frames)
+        self._port.send(frames)
 
     def hold(self) -> None:
         """Frames wait from now on."""
