@@ -173,7 +173,7 @@ class NumbersChecker(Ledger):
         """@return: where line number C{counter} of the stream begins."""
         cycles, before = divmod(counter, self._lines)
         # The lines before it in its cycle: all have one digit, those from 10 on a second, and so on, and an end.
-        digits = sum(max(0, before - 10**power + 1) for power in range(len(str(self._lines))))
+        digits = sum(max(0, before - int(10**power) + 1) for power in range(len(str(self._lines))))
         return cycles * len(self._cycle) + digits + before
 
 
