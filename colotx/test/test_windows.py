@@ -133,9 +133,11 @@ class KeeperTests(SynchronousTestCase):
     def test_fragments(self):
         """Of a later fragment nothing is a window."""
         self.keeper.said([frame(window=0)])
-        whole = frame(data=bytes(64))
-        later = whole[:20] + struct.pack(">H", 0x2000 | 3) + whole[22:]
+        whole, closed = frame(data=bytes(64)), frame(window=0, data=bytes(64))
+        later, other = (one[:20] + struct.pack(">H", 0x2000 | 3) + one[22:] for one in (whole, closed))
         self.assertIs(self.lower(later)[0], later)
+        self.keeper.said([frame(window=200), other])
+        self.assertIs(self.lower(whole)[0], whole)
 
     def test_opens(self):
         for shape in SHAPES:
@@ -178,6 +180,14 @@ class KeeperTests(SynchronousTestCase):
         (update,) = map(read, self.keeper.updates())
         self.assertEqual((update.seq, update.ack), (5, 501))
 
+    def test_itsOwnWordsCount(self):
+        """What left unchanged is what the client knows."""
+        self.keeper.said([frame(window=20)])
+        self.lower(frame(window=100), frame(window=15, ack=508))
+        self.keeper.said([frame(window=1000)])
+        self.assertEqual(self.keeper.updates(), [])
+        self.assertEqual(self.keeper.forget(), [])
+
     def test_finCounts(self):
         self.keeper.said([frame(window=0)])
         self.lower(frame(seq=10, flags="FA"))
@@ -211,6 +221,9 @@ class KeeperTests(SynchronousTestCase):
         left = self.lower(*(frame(port=port) for port in range(6)))
         self.assertEqual([read(one).window for one in left], [100] * 3 + [0] * 3)
         self.assertEqual(len(self.keeper.forget()), 3)
+        self.keeper.said([frame(port=2, window=0), frame(port=3, window=0)])
+        left = self.lower(frame(port=2), frame(port=3))
+        self.assertEqual([read(one).window for one in left], [100, 0], "the first scales were forgotten")
 
     @settings(max_examples=300)
     @given(st.data())
