@@ -24,6 +24,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from colotx._streamport import removeStaleSocket
+from colotx._writenow import writeNow
 from colotx.comparesettings import Endpoint
 from colotx.errors import ConfigError, StreamError
 
@@ -169,7 +170,7 @@ class Line:
         """Send it, as soon as somebody is there and takes it. Nothing is dropped: the caller looks at L{waiting}."""
         connection = self._connection
         if connection is not None and connection.writable and not self._queue:
-            connection.transport.write(data)
+            writeNow(connection.transport, data)
         else:
             self._queue.append(data)
             self.waiting += len(data)
@@ -235,7 +236,7 @@ class Line:
         while self._queue and connection.writable:
             data = self._queue.popleft()
             self.waiting -= len(data)
-            connection.transport.write(data)
+            writeNow(connection.transport, data)
         self._relieved()
 
     def _broken(self, error: StreamError) -> None:
