@@ -19,6 +19,7 @@ from typing import Any
 
 from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
@@ -88,6 +89,8 @@ class CompareDaemon(MultiService):
         if settings.notifyDev is not None:
             self._notifyDev = self._line("notify-dev", settings.notifyDev, self._notifyOpened)
             self._lines.append(self._notifyDev)
+        self._said: list[tuple[list[bytes], int]] = []
+        self._judging: IDelayedCall | None = None
         self._scanning = LoopingCall(self._scan)
         self._scanning.clock = reactor
         path = settings.control or defaultControlPath(f"{settings.vm}-compare")
@@ -126,6 +129,7 @@ class CompareDaemon(MultiService):
     async def _stop(self) -> None:
         if self._scanning.running:
             self._scanning.stop()
+        self._judge()
         for line in self._lines:
             await line.stop()
         await MultiService.stopService(self)  # type: ignore[no-untyped-call]
@@ -155,7 +159,20 @@ class CompareDaemon(MultiService):
         return lambda data: None
 
     def _primary(self, records: list[bytes], offset: int) -> None:
-        self.comparer.primary(records, offset)
+        """
+        Judged when the secondary's frames that came in the same turn are known: then most need not be held.
+        """
+        self._said.append((records, offset))
+        if self._judging is None:
+            self._judging = self._reactor.callLater(0, self._judge)
+
+    def _judge(self) -> None:
+        if self._judging is not None and self._judging.active():
+            self._judging.cancel()
+        self._judging = None
+        said, self._said = self._said, []
+        for records, offset in said:
+            self.comparer.primary(records, offset)
         self._balance()
 
     def _secondary(self, records: list[bytes], offset: int) -> None:
@@ -218,6 +235,7 @@ class CompareDaemon(MultiService):
         """There was a checkpoint: what the primary's guest said leaves, what the secondary's said is forgotten."""
         self._checkpoints += 1
         self._wanted = None
+        self._judge()
         records = self.comparer.flush()
         for start in range(0, len(records), _PIECE):
             self._release(records[start : start + _PIECE])

@@ -215,6 +215,26 @@ class CompareDaemonTests(SynchronousTestCase):
     def lose(self, protocol: Any) -> None:
         protocol.connectionLost(Failure(ConnectionLost()))
 
+    def test_sameTurn(self) -> None:
+        """What the secondary says in the same turn of the reactor is known when the primary's frames are judged."""
+        self.make()
+        (p, _), (s, _) = map(self.connect, "ps")
+        judged: list[str] = []
+        for side in ("primary", "secondary"):
+            self.patch(self.daemon.comparer, side, lambda records, offset, side=side: judged.append(side))
+        p.dataReceived(record(datagram(b"a")))
+        s.dataReceived(record(datagram(b"a")))
+        self.reactor.advance(0)
+        self.assertEqual(judged, ["secondary", "primary"])
+
+    def test_checkpointInTheSameTurn(self) -> None:
+        """It covers what was not judged yet."""
+        self.make()
+        (p, _), (_, out), (n, _) = map(self.connect, "pon")
+        p.dataReceived(record(datagram(b"a")))
+        n.dataReceived(encodeWord(b"COLO_CHECKPOINT"))
+        self.assertEqual(out.value(), record(datagram(b"a")))
+
     def test_equalLeaves(self) -> None:
         """Records go out as they came in, with and without virtio-net headers, of any length."""
         for header in (None, 0, 12):
@@ -222,6 +242,7 @@ class CompareDaemonTests(SynchronousTestCase):
             (p, _), (s, _), (_, out) = map(self.connect, "pso")
             frames = b"".join(record(datagram(b"%d" % i), header) for i in range(5))
             p.dataReceived(frames)
+            self.reactor.advance(0)
             self.assertEqual(out.value(), b"")
             s.dataReceived(frames)
             self.assertEqual(out.value(), frames)
@@ -234,6 +255,7 @@ class CompareDaemonTests(SynchronousTestCase):
         notify.clear()
         ours = record(datagram(b"a")) + record(datagram(b"b"))
         p.dataReceived(ours)
+        self.reactor.advance(0)
         s.dataReceived(record(datagram(b"c")))
         self.assertEqual(notify.value(), encodeWord(b"DO_CHECKPOINT"))
         self.assertEqual(self.events[0][0], "COLOTX_CHECKPOINT_WANTED")
@@ -244,6 +266,7 @@ class CompareDaemonTests(SynchronousTestCase):
         out.clear()
         notify.clear()
         p.dataReceived(record(datagram(b"c")))
+        self.reactor.advance(0)
         self.reactor.advance(2)
         self.assertEqual((out.value(), notify.value()), (b"", b""))
 
@@ -251,6 +274,7 @@ class CompareDaemonTests(SynchronousTestCase):
         """With every scan, and to one who connects late; not after a checkpoint."""
         (p, _), (_, _) = map(self.connect, "po")
         p.dataReceived(record(datagram(b"a")))
+        self.reactor.advance(0)
         self.reactor.pump([1] * 4)
         n, notify = self.connect("n")
         self.assertEqual(notify.value(), encodeWord(b"DO_CHECKPOINT"))
@@ -271,6 +295,7 @@ class CompareDaemonTests(SynchronousTestCase):
         (p, _), (s, _) = map(self.connect, "ps")
         for payload in (b"a", b"b"):
             p.dataReceived(record(datagram(payload)))
+            self.reactor.advance(0)
             s.dataReceived(record(datagram(payload)))
         self.assertEqual(self.daemon.describeStatus()["why"], "nobody is connected to outdev, notify-dev")
         _, out = self.connect("o")
@@ -285,6 +310,7 @@ class CompareDaemonTests(SynchronousTestCase):
         records = [record(datagram(b"%3d" % i + bytes(97))) for i in range(10)]
         for one in records:
             p.dataReceived(one)
+            self.reactor.advance(0)
             s.dataReceived(one)
         self.assertEqual((ours.producerState, theirs.producerState), ("paused", "producing"))
         out.producer.resumeProducing()
@@ -297,6 +323,7 @@ class CompareDaemonTests(SynchronousTestCase):
         (p, ours), (_, out), (n, notify) = map(self.connect, "pon")
         records = b"".join(record(datagram(b"%3d" % i + bytes(97))) for i in range(10))
         p.dataReceived(records)
+        self.reactor.advance(0)
         self.assertEqual(ours.producerState, "paused")
         self.assertEqual(notify.value(), encodeWord(b"DO_CHECKPOINT"))
         again, anew = self.connect("p")
@@ -308,10 +335,12 @@ class CompareDaemonTests(SynchronousTestCase):
         """A checkpoint is asked for, what is held stays, half a record is forgotten."""
         (p, _), (s, _), (_, out), (n, notify) = map(self.connect, "pson")
         p.dataReceived(record(datagram(b"a")) + b"\0\0")
+        self.reactor.advance(0)
         self.lose(p)
         self.assertEqual(notify.value(), encodeWord(b"DO_CHECKPOINT"))
         p, _ = self.connect("p")
         p.dataReceived(record(datagram(b"b")))
+        self.reactor.advance(0)
         s.dataReceived(record(datagram(b"a")) + record(datagram(b"b")))
         self.assertEqual(out.value(), record(datagram(b"a")) + record(datagram(b"b")))
 
@@ -352,6 +381,7 @@ class CompareDaemonTests(SynchronousTestCase):
         p, _ = self.connect("p")
         _, notify = self.connect("n")
         p.dataReceived(record(datagram(b"a")))
+        self.reactor.advance(0)
         self.reactor.pump([0.05] * 3)
         self.assertTrue(notify.value())
         self.assertEqual(table["query-colotx-evidence"].call({})["reasons"], {"time-out": 1})
