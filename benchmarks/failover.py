@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from colotx.errors import ConfigError
 from colotx.lab.client import TrafficSettings, isClean
-from colotx.lab.namespaces import GUEST_ADDRESS, becomePrivileged
+from colotx.lab.namespaces import GUEST_ADDRESS
 from colotx.lab.pair import FAILOVER_LIMIT, PairSettings, ProtectedPair, qemuGuest
 from colotx.lab.processes import LabError
-from colotx.lab.running import runToEnd
+from colotx.lab.running import runPrivileged
 from colotx.statistics import percentile
 
 BEFORE = (1.0, 3.0)
@@ -115,14 +114,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rounds", type=int, default=10, help="hosts to kill (default: %(default)s)")
     options = parser.parse_args(argv)
-    try:
-        becomePrivileged("benchmarks.failover", argv)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
-    from twisted.internet import reactor
-
-    return runToEnd(reactor, lambda: _main(reactor, options))
+    return runPrivileged("benchmarks.failover", argv, lambda reactor: _main(reactor, options))
 
 
 if __name__ == "__main__":

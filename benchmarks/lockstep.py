@@ -31,11 +31,10 @@ from twisted.internet.task import deferLater
 
 from benchmarks.machines import NEVER
 from benchmarks.native_pair import MONITOR, NativePair, Unprotected, Watched
-from colotx.errors import ConfigError
-from colotx.lab.namespaces import GUEST_ADDRESS, Lab, becomePrivileged
+from colotx.lab.namespaces import GUEST_ADDRESS, Lab
 from colotx.lab.pair import GuestChoice, PairSettings, ProtectedPair, qemuGuest
 from colotx.lab.processes import LabError, LabProcess
-from colotx.lab.running import runToEnd
+from colotx.lab.running import runPrivileged
 from colotx.statistics import percentile
 
 DELAY = 300
@@ -289,14 +288,7 @@ def main(argv: Sequence[str]) -> int:
         "--seconds", type=float, default=3.0, help="length of one measurement (default: %(default)s)"
     )
     options = parser.parse_args(argv)
-    try:
-        becomePrivileged("benchmarks.lockstep", argv)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
-    from twisted.internet import reactor
-
-    return runToEnd(reactor, lambda: _main(reactor, options))
+    return runPrivileged("benchmarks.lockstep", argv, lambda reactor: _main(reactor, options))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from colotx.errors import ConfigError
-from colotx.settings import HostPort, keyOf
+from colotx.settings import HostPort, keyOf, parseFields, parseWhole
 
 ROLE = "compare"
 
@@ -105,12 +105,10 @@ def compareKeys() -> frozenset[str]:
 
 def checkLimit(value: Any) -> int:
     """@return: the value of one of L{LIMITS}. @raise ConfigError: it cannot be one."""
-    # A fraction or a yes of a TOML file would pass int() with another value than the operator meant.
-    if isinstance(value, bool) or not re.fullmatch(r"-?\d+", str(value).strip()):
-        raise ConfigError(f"{value!r} is no whole number")
-    if not 0 < int(value) < 1 << 32:
+    limit = parseWhole(value)
+    if not 0 < limit < 1 << 32:
         raise ConfigError(f"must be 1 to {(1 << 32) - 1}")
-    return int(value)
+    return limit
 
 
 def buildCompareSettings(values: Mapping[str, Any]) -> CompareSettings:
@@ -120,16 +118,8 @@ def buildCompareSettings(values: Mapping[str, Any]) -> CompareSettings:
     @param values: option keys (C{compare-timeout}) to values as written by the operator.
     @raise ConfigError: naming the key, what is wrong and what is right.
     """
-    known = {keyOf(field.name): field.name for field in fields(CompareSettings)}
-    parsed: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"role {ROLE} has no option {key!r}; it has: {', '.join(sorted(known))}")
-        try:
-            parsed[known[key]] = _parse(known[key], value)
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
-    settings = CompareSettings(**parsed)
+    unknown = f"role {ROLE} has no option {{0!r}}; it has: {{1}}"
+    settings = CompareSettings(**parseFields(CompareSettings, values, _parse, unknown))
     places: dict[str | HostPort, str] = {}
     for field in ENDPOINTS:
         endpoint = getattr(settings, field)

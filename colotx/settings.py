@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from ipaddress import AddressValueError, IPv4Interface, NetmaskValueError, ip_address
 from typing import Any
@@ -182,6 +182,37 @@ def parseSize(text: str | int) -> int:
     return int(match[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[match[2]]
 
 
+def parseWhole(value: Any) -> int:
+    """@raise ConfigError: it is no whole number."""
+    # A fraction or a yes of a TOML file would pass int() with another value than the operator meant.
+    if isinstance(value, bool) or not re.fullmatch(r"-?\d+", str(value).strip()):
+        raise ConfigError(f"{value!r} is no whole number")
+    return int(value)
+
+
+def parseFields(
+    kind: Any, values: Mapping[str, Any], parse: Callable[[str, Any], Any], unknown: str
+) -> dict[str, Any]:
+    """
+    Values by option key (C{checkpoint-delay}) to values by the field of a settings class.
+
+    @param kind: the class.
+    @param parse: makes a field's value of what the operator wrote.
+    @param unknown: what to say of a key that is no field's: C{{0}} is the key, C{{1}} those there are.
+    @raise ConfigError: naming the key.
+    """
+    known = {keyOf(field.name): field.name for field in fields(kind)}
+    parsed: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(unknown.format(key, ", ".join(sorted(known))))
+        try:
+            parsed[known[key]] = parse(known[key], value)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    return parsed
+
+
 def _parse(field: str, value: Any) -> Any:
     default = Settings.__dataclass_fields__[field].default
     if field in ("listen", "peer"):
@@ -204,10 +235,7 @@ def _parse(field: str, value: Any) -> Any:
             return value == "yes"
         raise ConfigError(f"{value!r} is neither yes nor no")
     if isinstance(default, int):
-        # A fraction or a yes of a TOML file would pass int() with another value than the operator meant.
-        if isinstance(value, bool) or not re.fullmatch(r"-?\d+", str(value).strip()):
-            raise ConfigError(f"{value!r} is no whole number")
-        return int(value)
+        return parseWhole(value)
     if not isinstance(value, str):
         raise ConfigError(f"{value!r} must be a string")
     return value
@@ -220,16 +248,7 @@ def buildSettings(values: Mapping[str, Any]) -> Settings:
     @param values: option keys (C{checkpoint-delay}) to values as written by the operator.
     @raise ConfigError: naming the key, what is wrong and what is right.
     """
-    known = {keyOf(f.name): f.name for f in fields(Settings)}
-    parsed: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"there is no option {key!r}; there are: {', '.join(sorted(known))}")
-        try:
-            parsed[known[key]] = _parse(known[key], value)
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
-    settings = Settings(**parsed)
+    settings = Settings(**parseFields(Settings, values, _parse, "there is no option {0!r}; there are: {1}"))
     _check(settings)
     return settings
 

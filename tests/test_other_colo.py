@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from scapy.layers.inet import ICMP, IP
@@ -22,30 +20,31 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.endpoints import UNIXClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.internet.task import deferLater
-from twisted.trial.unittest import SkipTest, TestCase
 
 from colotx.checkpoint import PrimaryProcess, SecondaryProcess
-from colotx.errors import ColoError, ConfigError, PeerError, PeerLost
-from colotx.guests import emulation
+from colotx.errors import ColoError, PeerError, PeerLost
 from colotx.guests.qemu import QemuGuestFactory, QemuSettings
 from colotx.guests.qemu_arguments import SocketPaths
 from colotx.guests.qemu_capabilities import enableColo
 from colotx.guests.qemu_process import QemuProcess
-from colotx.lab.guestimage import READY, buildGuest, kernelArguments, qemuArguments, qemuBinary
+from colotx.lab.guestimage import READY
 from colotx.ports import StreamPort
 from colotx.protocol import ColoConnection
 from colotx.replication import NoReplication
 from colotx.statistics import CheckpointStatistics
 from colotx.trigger import CheckpointTrigger
 from tests.harness import asynchronous
-from tests.test_qemu_active import Machine, NoFailover, OpenGate
+from tests.realguests import (
+    ADDRESS,
+    CLIENT,
+    CLIENT_MAC,
+    MAC,
+    Machine,
+    NoFailover,
+    OpenGate,
+    RealGuestCase,
+)
 
-_PATIENCE = 240
-"""Seconds for whatever takes long: software emulation on a busy machine is slow."""
-
-_CACHE = Path(__file__).parents[1] / ".cache" / "guest"
-_MAC, _ADDRESS = "52:54:00:c0:10:03", "10.77.0.10"
-_CLIENT_MAC, _CLIENT = "02:00:00:00:00:01", "10.77.0.1"
 _DELAY = 100
 """ms between checkpoints."""
 _CHECKPOINTS = 36
@@ -82,48 +81,16 @@ class BareQemu:
         return ensureDeferred(end())
 
 
-class OtherColoTests(TestCase):
+class OtherColoTests(RealGuestCase):
     """Half a pair."""
-
-    timeout = 900
-
-    def setUp(self) -> None:
-        try:
-            self.binary, self.files = qemuBinary(), buildGuest(_CACHE)
-        except ConfigError as error:
-            raise SkipTest(str(error)) from error
-        # Sockets need short paths.
-        directory = tempfile.TemporaryDirectory(prefix="colo-", ignore_cleanup_errors=True)
-        self.addCleanup(directory.cleanup)
-        self.directory = Path(directory.name)
-        self.environment = {} if emulation.kvmUsable() else emulation.environment(_CACHE)
-        self.hosts = self.pings = 0
-
-    def host(self) -> tuple[QemuSettings, Path]:
-        """@return: how to start a QEMU there, and the file of its console."""
-        self.hosts += 1
-        serial = self.directory / f"serial-{self.hosts}"
-        kernel = kernelArguments(f"{_ADDRESS}/24", patternBytes=1 << 20, pauseMilliseconds=20)
-        arguments = qemuArguments(self.files, kernel, serial=serial)
-        settings = QemuSettings(
-            arguments, str(self.directory), self.binary, mac=_MAC, environment=self.environment
-        )
-        return settings, serial
-
-    async def until(self, condition: Callable[[], bool], what: str) -> None:
-        began = time.monotonic()
-        while not condition():
-            if time.monotonic() - began > _PATIENCE:
-                self.fail(f"{what}: not within {_PATIENCE} s")
-            await deferLater(reactor, 0.02)
 
     async def works(self, machine: Machine) -> None:
         """The guest answers, and finds its memory as it left it."""
         self.pings += 1
         number = self.pings
-        who = Ether(src=_CLIENT_MAC, dst="ff:ff:ff:ff:ff:ff")
-        asked = who / ARP(hwsrc=_CLIENT_MAC, psrc=_CLIENT, pdst=_ADDRESS)
-        head = Ether(src=_CLIENT_MAC, dst=_MAC) / IP(src=_CLIENT, dst=_ADDRESS)
+        who = Ether(src=CLIENT_MAC, dst="ff:ff:ff:ff:ff:ff")
+        asked = who / ARP(hwsrc=CLIENT_MAC, psrc=CLIENT, pdst=ADDRESS)
+        head = Ether(src=CLIENT_MAC, dst=MAC) / IP(src=CLIENT, dst=ADDRESS)
         machine.guest.port.send([bytes(asked), bytes(head / ICMP(type=8, id=7, seq=number) / b"hello")])
         await self.until(lambda: number in machine.answers, f"an answer to ping {number}")
         await self.until(lambda: machine.rounds() >= 0, "a word of the memory check")

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import signal
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,90 +22,38 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.endpoints import UNIXClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.internet.task import deferLater
-from twisted.trial.unittest import SkipTest, TestCase
-from zope.interface import implementer
+from twisted.trial.unittest import SkipTest
 
 from colotx.checkpoint import PrimaryProcess, SecondaryProcess
-from colotx.errors import ColoError, ConfigError, FailoverError, GuestError, GuestLost, PeerLost
-from colotx.failover import FailoverState
-from colotx.guests import emulation
-from colotx.guests.qemu import QemuGuestFactory, QemuPrimaryGuest, QemuSettings
+from colotx.errors import ColoError, FailoverError, GuestError, GuestLost, PeerLost
+from colotx.guests.qemu import QemuGuestFactory, QemuPrimaryGuest
 from colotx.guests.qemu_follower import Phase
 from colotx.guests.qemu_process import QemuProcess
-from colotx.interfaces import IOutputGate, RunState
-from colotx.lab.guestimage import READY, buildGuest, kernelArguments, qemuArguments, qemuBinary
+from colotx.interfaces import RunState
+from colotx.lab.guestimage import READY
 from colotx.protocol import ColoConnection, ColoMessage
 from colotx.replication import NoReplication
 from colotx.statistics import CheckpointStatistics
 from colotx.trigger import CheckpointTrigger
 from tests.harness import asynchronous
+from tests.realguests import (
+    ADDRESS,
+    CLIENT,
+    CLIENT_MAC,
+    MAC,
+    Machine,
+    NoFailover,
+    OpenGate,
+    RealGuestCase,
+)
 
-_PATIENCE = 240
-"""Seconds the guest has to get on: software emulation on a busy machine is slow."""
-
-_CACHE = Path(__file__).parents[1] / ".cache" / "guest"
 _NEWER = Path(__file__).parents[1] / ".cache" / "debian13" / "qemu-system-x86_64"
-_MAC, _ADDRESS = "52:54:00:c0:10:03", "10.77.0.10"
-_CLIENT_MAC, _CLIENT = "02:00:00:00:00:01", "10.77.0.1"
 _DELAY = 300
 """ms between checkpoints: an emulated guest translates its code anew after each load, and gets to say little in 50."""
 
 
 def pause(seconds: float) -> Deferred[None]:
     return deferLater(reactor, seconds)
-
-
-class Machine:
-    """
-    What a guest says: its console, and its answers to pings.
-
-    @ivar guest: the L{QemuPrimaryGuest}, or the L{ActiveQemuSecondary}.
-    @ivar answers: the numbers of the pings it answered.
-    """
-
-    def __init__(self, guest: Any, serial: Path) -> None:
-        self.guest = guest
-        self.serial = serial
-        self.answers: list[int] = []
-        guest.port.receiver = self.said
-
-    def said(self, frames: list[bytes]) -> None:
-        for frame in map(Ether, frames):
-            if ICMP in frame and frame[ICMP].type == 0:
-                self.answers.append(frame[ICMP].seq)
-
-    def console(self) -> str:
-        return self.serial.read_text(errors="replace") if self.serial.exists() else ""
-
-    def rounds(self) -> int:
-        """The last round of the memory check. Fails if one found a fault."""
-        console = self.console()
-        assert "CORRUPT" not in console, console[-500:]
-        found = re.findall(r"^colotx: (\d+) ok\r?$", console, re.MULTILINE)
-        return int(found[-1]) if found else -1
-
-
-@implementer(IOutputGate)
-class OpenGate:
-    """No gate: what the guests say is not what is tested here."""
-
-    def closeEpoch(self) -> int:
-        return 0
-
-    def release(self, epoch: int) -> None:
-        pass
-
-    shut = open = lambda self: None
-
-
-class NoFailover:
-    """A failover service that is never asked."""
-
-    def __init__(self) -> None:
-        self.state = FailoverState()
-
-    def loaded(self) -> bool:
-        return False
 
 
 class Hooked:
@@ -211,43 +157,17 @@ class Host:
     """Where one guest is: its factory and its console."""
 
     def __init__(self, case: ActiveSecondaryTests) -> None:
-        case.hosts += 1
-        self.serial = case.directory / f"serial-{case.hosts}"
-        kernel = kernelArguments(f"{_ADDRESS}/24", patternBytes=1 << 20, pauseMilliseconds=20)
-        arguments = qemuArguments(case.files, kernel, serial=self.serial)
-        settings = QemuSettings(
-            arguments, str(case.directory), case.binary, mac=_MAC, environment=case.environment
-        )
+        settings, self.serial = case.host()
         self.factory = QemuGuestFactory(reactor, settings)
 
 
-class ActiveSecondaryTests(TestCase):
+class ActiveSecondaryTests(RealGuestCase):
     """A pair of real guests."""
 
-    timeout = 900
-
     def setUp(self) -> None:
-        try:
-            self.binary, self.files = qemuBinary(), buildGuest(_CACHE)
-        except ConfigError as error:
-            raise SkipTest(str(error)) from error
-        # Sockets need short paths.
-        directory = tempfile.TemporaryDirectory(prefix="colo-", ignore_cleanup_errors=True)
-        self.addCleanup(directory.cleanup)
-        self.directory = Path(directory.name)
-        self.environment = {} if emulation.kvmUsable() else emulation.environment(_CACHE)
-        self.hosts = 0
-        self.pings = 0
+        super().setUp()
         self.lost: list[GuestError] = []
         self.took: dict[str, float] = {}
-
-    async def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait for something."""
-        began = time.monotonic()
-        while not condition():
-            if time.monotonic() - began > _PATIENCE:
-                self.fail(f"{what}: not within {_PATIENCE} s")
-            await pause(0.02)
 
     async def booted(self) -> Machine:
         """A guest that checks its memory already."""
@@ -281,10 +201,10 @@ class ActiveSecondaryTests(TestCase):
         The same frames for all of these machines until each has answered. A checkpoint may take what a secondary is
         about to say, for the primary has said it already.
         """
-        head = Ether(src=_CLIENT_MAC, dst=_MAC) / IP(src=_CLIENT, dst=_ADDRESS)
-        who = Ether(src=_CLIENT_MAC, dst="ff:ff:ff:ff:ff:ff")
+        head = Ether(src=CLIENT_MAC, dst=MAC) / IP(src=CLIENT, dst=ADDRESS)
+        who = Ether(src=CLIENT_MAC, dst="ff:ff:ff:ff:ff:ff")
         # The guest need not ask back: it learns where we are.
-        asked = bytes(who / ARP(hwsrc=_CLIENT_MAC, psrc=_CLIENT, pdst=_ADDRESS))
+        asked = bytes(who / ARP(hwsrc=CLIENT_MAC, psrc=CLIENT, pdst=ADDRESS))
         first = self.pings + 1
         for _ in range(100):
             self.pings += 1

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from colotx.errors import ColoError, ConfigError
-from colotx.lab.namespaces import becomePrivileged
 from colotx.lab.pair import (
     FAILOVER_LIMIT,
     KILLS,
@@ -31,7 +30,7 @@ from colotx.lab.pair import (
 )
 from colotx.lab.processes import LabError
 from colotx.lab.report import RoundResult, kindsTable, line, summary, table
-from colotx.lab.running import runToEnd
+from colotx.lab.running import runPrivileged
 
 _TRAFFIC_BEFORE = (2.0, 6.0)
 """Seconds between which the kill comes at random after the client's first byte."""
@@ -271,14 +270,7 @@ def main(argv: Sequence[str]) -> int:
     @return: the exit status: 0 only if nothing was lost and every failover happened.
     """
     options = _arguments(argv)
-    try:
-        becomePrivileged("colotx.lab.demo", argv)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
-    from twisted.internet import reactor
-
-    return runToEnd(reactor, lambda: _main(reactor, options))
+    return runPrivileged("colotx.lab.demo", argv, lambda reactor: _main(reactor, options))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Ctrl-C, and taking commands from standard input.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
@@ -14,10 +14,31 @@ from twisted.internet.stdio import StandardIO
 from twisted.protocols.basic import LineOnlyReceiver
 from twisted.python.failure import Failure
 
-from colotx.errors import ColoError
+from colotx.errors import ColoError, ConfigError
+from colotx.lab.namespaces import becomePrivileged
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+
+def runPrivileged(
+    module: str, argv: Sequence[str], main: Callable[[Any], Coroutine[Deferred[Any], Any, int]]
+) -> int:
+    """
+    L{runToEnd} of a program that makes network namespaces, on the reactor of this process.
+
+    @param module: the program's, to start it again inside a user namespace.
+    @param main: gets the reactor.
+    @return: the exit status.
+    """
+    try:
+        becomePrivileged(module, argv)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    from twisted.internet import reactor
+
+    return runToEnd(reactor, lambda: main(reactor))
 
 
 def runToEnd(reactor: Any, main: Callable[[], Coroutine[Deferred[Any], Any, int]]) -> int:
